@@ -11,24 +11,14 @@ steps are enough.
 The four equations (a: inner learning rates, R: real images, z: noise, theta: generator, phi: discriminator)
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
-    (2) inner step      phi'   = phi   - a_phi   dL_D/dphi   (phi;   R, G(theta, z))
-                        theta' = theta - a_theta dL_G/dtheta (theta; phi', z')      `adapt`
-    (3) outer step      (theta_0, phi_0, a) <- Adam on d/d(theta_0, phi_0, a) of score(G(theta_K), query images)
-    (4) dual form       W' = W + Δᵀ X, b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
-                        X: what the layer saw during a step, Δ: -a times the gradient of its pre-activation.
-                        An adapted layer is the shared layer plus attention over what it was adapted on.
+    (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
+                        theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(theta_K), query images), through all steps
+    (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
+                        X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
+                        adapted layer is the shared layer plus attention over what it was adapted on.
 """
-import argparse
-import csv
-import io
-import json
-import math
-import os
-import re
-import signal
-import socket
-import sys
-import time
+import argparse, csv, io, json, math, os, re, signal, socket, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,25 +44,27 @@ CLIP = 1.0                  # largest norm of an outer gradient
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50)
 TEST_PAIRS = 12             # at most so many held-out pairs are tested
-GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)     # the grid from which the baselines' learning rate is chosen
+GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baselines' learning rate is chosen
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
+INTERRUPTED = []            # not empty once Ctrl-C was pressed
 
 
 class UserError(Exception):
-    """Something that the user can put right; shown as one line, exit code 2."""
+    """Something that the user can put right: shown as one line, exit code 2."""
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 1  Domains: a spec string becomes images; a domain is one class of them
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-DOWNLOADABLE = {            # spec: (torchvision class, its arguments for each part, built-in that stands in for it)
-    "mnist": (torchvision.datasets.MNIST, ({"train": True}, {"train": False}), "digits"),
-    "fashion": (torchvision.datasets.FashionMNIST, ({"train": True}, {"train": False}), "garments"),
-    "kmnist": (torchvision.datasets.KMNIST, ({"train": True}, {"train": False}), "digits"),
-    "emnist": (torchvision.datasets.EMNIST, ({"split": "balanced", "train": True}, {"split": "balanced", "train": False}), "digits"),
-    "qmnist": (torchvision.datasets.QMNIST, ({"what": "train"}, {"what": "test"}), "digits"),
-    "usps": (torchvision.datasets.USPS, ({"train": True}, {"train": False}), "digits"),
+TRAIN_TEST = ({"train": True}, {"train": False})
+TORCHVISION = {             # spec: (torchvision class, its arguments for each part, the built-in that stands in for it)
+    "mnist": (torchvision.datasets.MNIST, TRAIN_TEST, "digits"),
+    "fashion": (torchvision.datasets.FashionMNIST, TRAIN_TEST, "garments"),
+    "kmnist": (torchvision.datasets.KMNIST, TRAIN_TEST, "digits"),
+    "emnist": (torchvision.datasets.EMNIST, [{**part, "split": "balanced"} for part in TRAIN_TEST], "digits"),
+    "qmnist": (torchvision.datasets.QMNIST, TRAIN_TEST, "digits"),
+    "usps": (torchvision.datasets.USPS, TRAIN_TEST, "digits"),
 }
 
 
@@ -84,167 +76,151 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(spec, data_dir):
-    """The images of a spec such as `mnist`, `mnist:0-6,9` or `my_images/`, with labels in the classes' order.
+    """The images and labels of a spec: a dataset, a built-in or a folder, and perhaps classes of it, as in `mnist:0-6,9`.
 
-    A dataset that is neither in data_dir nor downloadable is replaced by a built-in, which its name then says.
-    Raises UserError for an unknown, empty or corrupt domain.
+    A dataset that is neither in data_dir nor to be downloaded is replaced by a built-in, and its name says so.
+    Raises UserError for a domain that is unknown, empty or corrupt.
     """
-    name, chosen = re.fullmatch(r"(.*?)(?::([\d,-]+))?", spec).groups()
-    if name in BUILT_IN:
-        dataset = BUILT_IN[name]()
-    elif name in DOWNLOADABLE:
-        dataset = load_torchvision(name, data_dir)
+    name, chosen = re.fullmatch(r"(.*?)(?::((?:\d+(?:-\d+)?,?)+))?", spec).groups()
+    if name in TORCHVISION:
+        data = load_torchvision(name, data_dir)
+    elif name in BUILT_IN:
+        data = BUILT_IN[name]()
     elif os.path.isdir(name):
-        dataset = load_folder(name)
+        data = load_folder(name)
     else:
-        raise UserError(f"unknown domain '{spec}': neither a folder nor one of {', '.join([*DOWNLOADABLE, *BUILT_IN])} "
-                        "(a class list looks like mnist:0-6,9)")
-    return choose_classes(dataset, chosen, spec) if chosen else dataset
-
-
-def choose_classes(dataset, chosen, spec):
-    """The classes that a list such as '0-6,9' names, relabelled 0, 1, 2 ..."""
-    wanted = []
-    for part in chosen.split(","):
-        ends = part.split("-")
-        if len(ends) > 2 or not all(end.isdigit() for end in ends):
-            raise UserError(f"'{part}' in '{spec}' is not a class or a range of classes")
-        wanted += range(int(ends[0]), int(ends[-1]) + 1)
-    missing = [c for c in wanted if c >= len(dataset.classes)]
-    if missing or not wanted:
-        raise UserError(f"'{spec}' asks for class {missing[:1] or chosen}; {dataset.name} has classes 0 to {len(dataset.classes) - 1}")
-    wanted = sorted(set(wanted))
-    keep = np.isin(dataset.labels, wanted)
-    return Dataset(dataset.name, dataset.images[keep], np.searchsorted(wanted, dataset.labels[keep]), [dataset.classes[c] for c in wanted])
+        raise UserError(f"unknown domain '{spec}': neither a folder nor one of {', '.join([*TORCHVISION, *BUILT_IN])}; "
+                        "a list of classes looks like mnist:0-6,9")
+    if chosen is None:
+        return data
+    ranges = [[int(end) for end in part.split("-")] for part in chosen.strip(",").split(",")]
+    classes = sorted({c for ends in ranges for c in range(ends[0], min(ends[-1], len(data.classes)) + 1)})
+    if not classes or classes[-1] >= len(data.classes):
+        raise UserError(f"'{spec}': {data.name} has the classes 0 to {len(data.classes) - 1}")
+    keep = np.isin(data.labels, classes)
+    return Dataset(data.name, data.images[keep], np.searchsorted(classes, data.labels[keep]), [data.classes[c] for c in classes])
 
 
 def load_torchvision(name, data_dir):
     """All parts of a torchvision dataset, from data_dir or the network, else the built-in that stands in for it."""
-    kind, parts, stand_in = DOWNLOADABLE[name]
-    timeout = socket.getdefaulttimeout()
+    kind, parts, stand_in = TORCHVISION[name]
     try:
+        loaded = [kind(data_dir, **part) for part in parts]
+    except Exception as error:
+        if not isinstance(error, FileNotFoundError) and "not found" not in str(error):     # torchvision's word for 'not there'
+            raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({type(error).__name__}: {error}); delete them to download anew") from error
+        socket.setdefaulttimeout(20)
         try:
-            loaded = [kind(data_dir, **part) for part in parts]
-        except FileNotFoundError:
-            loaded = None
-        except RuntimeError as error:               # torchvision's word for 'not there', and nothing else's
-            if "not found" not in str(error):
-                raise
-            loaded = None
-        if loaded is None:
-            socket.setdefaulttimeout(20)
-            try:
-                loaded = [kind(data_dir, **part, download=True) for part in parts]
-            except (OSError, RuntimeError) as error:
-                print(f"WARNING: '{name}' is not in {data_dir} and could not be downloaded ({str(error).splitlines()[0]}).\n"
-                      f"WARNING: the built-in '{stand_in}' stands in for it; every result says so.", file=sys.stderr)
-                dataset = BUILT_IN[stand_in]()
-                return dataset._replace(name=f"{stand_in} (stand-in for {name})")
-            finally:
-                socket.setdefaulttimeout(timeout)
-        images = np.concatenate([np.asarray(part.data) for part in loaded])
-        labels = np.concatenate([np.asarray(part.targets) for part in loaded])
-        if len(images) != len(labels):
-            raise ValueError(f"{len(images)} images, {len(labels)} labels")
-    except Exception as error:                      # whatever a damaged file makes torchvision raise
-        raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({type(error).__name__}: {error}); delete them to download anew") from error
-    if name == "qmnist":
-        labels = labels[:, 0]                       # the other columns are about the writer
+            loaded = [kind(data_dir, **part, download=True) for part in parts]
+        except Exception as reason:
+            print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({str(reason).splitlines()[0]}).\n"
+                  f"WARNING: the built-in '{stand_in}' stands in for it, and every result says so.", file=sys.stderr)
+            return BUILT_IN[stand_in]()._replace(name=f"{stand_in} (stand-in for {name})")
+        finally:
+            socket.setdefaulttimeout(None)
+    images, labels = (np.concatenate([np.asarray(getattr(part, what)) for part in loaded]) for what in ("data", "targets"))
+    if len(images) != len(labels):
+        raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({len(images)} images, {len(labels)} labels)")
     if name == "emnist":
-        images = images.transpose(0, 2, 1)          # stored on its side
-    if name == "usps":                              # 16 × 16
-        images = np.stack([np.asarray(Image.fromarray(image).resize((28, 28), Image.BICUBIC)) for image in images])
-    classes = [str(c) for c in getattr(loaded[0], "classes", range(10))][:int(labels.max()) + 1]
-    return Dataset(name, images.reshape(-1, PIXELS), labels.astype(int), [c.split(" - ")[0] for c in classes])
+        images = images.transpose(0, 2, 1)      # stored on its side
+    if name == "usps":                          # stored as 16 × 16
+        images = np.stack([Image.fromarray(image).resize((28, 28), Image.BICUBIC) for image in images])
+    classes = getattr(loaded[0], "classes", range(10))
+    return Dataset(name, images.reshape(-1, PIXELS), labels.astype(int), [str(c).split(" - ")[0] for c in classes])
 
 
 def load_folder(folder):
-    """Every image below a folder, its sub-folders being the classes; files that are not images are skipped and counted."""
-    known, images, labels, classes, skipped = set(Image.registered_extensions()), [], [], [], 0
-    groups = [p for p in sorted(Path(folder).iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    for group in [*groups, Path(folder)]:
-        files = group.rglob("*") if group in groups else group.glob("*")    # loose files are a class of their own
-        arrays = []
-        for path in sorted(p for p in files if p.suffix.lower() in known and p.is_file()):
+    """Every image below a folder, its sub-folders being the classes; unreadable image files are skipped and counted."""
+    suffixes, images, labels, classes, skipped = set(Image.registered_extensions()), [], [], [], 0
+    groups = [(p, p.rglob("*")) for p in sorted(Path(folder).iterdir()) if p.is_dir()]
+    for group, files in [*groups, (Path(folder), Path(folder).glob("*"))]:      # loose files are a class of their own
+        found = []
+        for path in sorted(p for p in files if p.suffix.lower() in suffixes and p.is_file()):
             try:
-                arrays.append(read_image(path))
+                found.append(read_image(path))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 skipped += 1
-        if arrays:
-            images += arrays
-            labels += [len(classes)] * len(arrays)
-            classes.append(group.name)
+        images, labels = images + found, labels + [len(classes)] * len(found)
+        classes += [group.name] if found else []
     if skipped:
-        print(f"{folder}: skipped {skipped} unreadable image file{'s' * (skipped > 1)}", file=sys.stderr)
+        print(f"{folder}: skipped {skipped} unreadable image file(s)", file=sys.stderr)
     if not images:
-        raise UserError(f"no readable image in '{folder}'")
+        raise UserError(f"there is no readable image in '{folder}'")
     return Dataset(str(folder), np.stack(images), np.array(labels), classes)
 
 
 def read_image(path):
-    """One image file as uint8 [784]: upright, grey, square, bright on dark as MNIST is, whatever it was before."""
+    """An image file of any size and mode as uint8 [784]: upright, grey, square, bright on dark as MNIST is."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":                   # 16 and 32 bits: the range in use becomes 0 to 255
-            values = np.asarray(image, dtype=float)
-            image = Image.fromarray(np.uint8(255 * (values - values.min()) / max(values.max() - values.min(), 1e-9)))
-        if "A" in image.getbands() or "transparency" in image.info:
-            grey, alpha = (np.asarray(band, dtype=float) for band in image.convert("RGBA").convert("LA").split())
-            ground = 255 * ((grey * alpha).sum() < 127.5 * alpha.sum())     # a drawing must stand out from what lies behind it
-            image = Image.fromarray(np.uint8(grey * alpha / 255 + ground * (1 - alpha / 255)))
-        grey = np.asarray(image.convert("L"))
+        if image.mode[0] in "IF":               # 16 and 32 bits a pixel: the range in use becomes 0 to 255
+            values = np.asarray(image, float)
+            image = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
+        grey, alpha = (np.asarray(band, float) for band in image.convert("RGBA").convert("LA").split())
+    behind = 255 * ((grey * alpha).sum() < 127.5 * alpha.sum())      # what is drawn must stand out where it is transparent
+    grey = grey * alpha / 255 + behind * (1 - alpha / 255)
     border = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     if border > 127:
         grey, border = 255 - grey, 255 - border
-    square = Image.new("L", (max(grey.shape),) * 2, int(border))
-    square.paste(Image.fromarray(grey), ((square.width - grey.shape[1]) // 2, (square.height - grey.shape[0]) // 2))
-    return np.asarray(square.resize((28, 28), Image.LANCZOS)).reshape(PIXELS)      # Pillow antialiases when it shrinks
+    (height, width), side = grey.shape, max(grey.shape)
+    square = Image.new("L", (side, side), int(border))
+    square.paste(Image.fromarray(np.uint8(grey)), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square.resize((28, 28), Image.LANCZOS)).reshape(PIXELS)       # Pillow antialiases as it shrinks
+
+
+def warp(images, angle, log_scale, shear, shift):
+    """Turn, scale, slant and shift images [T, n, h, w], all n of a task alike; what comes from outside is 0  # [T, n, 28, 28]
+
+    angle in radians and shear [T]; log_scale and shift, in half widths, [2, T].
+    """
+    cos, sin, (sx, sy) = angle.cos(), angle.sin(), log_scale.exp()
+    matrix = torch.stack([cos * sx, (shear - sin) * sy, shift[0], sin * sx, cos * sy, shift[1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, (len(images), 1, 28, 28), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 def draw_digits(each=400):
     """Built-in domain: ten digits in Pillow's own font, every image with its own stroke width, slant, size and place."""
-    rng = torch.Generator().manual_seed(0)
-    glyphs = torch.zeros(10, 4, 56, 56)             # [digit, stroke width, y, x]
-    for digit in range(10):
-        for stroke in range(4):
-            canvas = Image.new("L", (56, 56))
-            ImageDraw.Draw(canvas).text((28, 28), str(digit), 255, ImageFont.load_default(44), anchor="mm", stroke_width=stroke)
-            glyphs[digit, stroke] = torch.from_numpy(np.array(canvas)) / 255
+    rng, font = torch.Generator().manual_seed(0), ImageFont.load_default(44)
+    glyphs = torch.zeros(10, 4, 56, 56)         # digit, stroke width, y, x
+    for digit, stroke in np.ndindex(10, 4):
+        canvas = Image.new("L", (56, 56))
+        ImageDraw.Draw(canvas).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=stroke)
+        glyphs[digit, stroke] = torch.from_numpy(np.array(canvas)) / 255
     labels = torch.arange(10).repeat_interleave(each)
-    strokes = torch.randint(4, labels.shape, generator=rng)
+    chosen = glyphs[labels, torch.randint(4, labels.shape, generator=rng)].unsqueeze(1)
     u = torch.rand(7, len(labels), generator=rng) * 2 - 1
-    images = warp(glyphs[labels, strokes].unsqueeze(1), 0.35 * u[0], 0.25 * u[1:3], 0.35 * u[3], 0.2 * u[4:6])
-    images = images.clamp(0, 1) ** torch.exp(0.5 * u[6]).view(-1, 1, 1, 1)
+    images = warp(chosen, 0.35 * u[0], 0.25 * u[1:3], 0.35 * u[3], 0.2 * u[4:6])
+    images = images.clamp(0, 1) ** u[6].mul(0.5).exp().view(-1, 1, 1, 1)            # contrast
     return Dataset("digits", (images * 255).byte().numpy().reshape(-1, PIXELS), labels.numpy(), [str(d) for d in range(10)])
 
 
-GARMENTS = {                # right half of an outline around the middle, (x from the middle, y down), mirrored; or a whole outline
-    "t-shirt": [(.0, .14), (.12, .1), (.44, .24), (.37, .42), (.27, .36), (.27, .9)],
-    "trousers": [(.0, .06), (.22, .06), (.3, .95), (.1, .95), (.0, .32)],
-    "pullover": [(.0, .14), (.12, .1), (.33, .17), (.47, .8), (.36, .84), (.27, .42), (.27, .9)],
-    "dress": [(.0, .14), (.12, .05), (.18, .22), (.1, .42), (.3, .95)],
-    "coat": [(.0, .3), (.1, .05), (.34, .13), (.45, .88), (.35, .9), (.3, .4), (.33, .97), (.03, .97)],
+GARMENTS = {                # an outline's points: x right of the middle, y down, in image widths; mirrored where x starts at 0
+    "t-shirt": [(0, .14), (.12, .1), (.44, .24), (.37, .42), (.27, .36), (.27, .9)],
+    "trousers": [(0, .06), (.22, .06), (.3, .95), (.1, .95), (0, .32)],
+    "pullover": [(0, .14), (.12, .1), (.33, .17), (.47, .8), (.36, .84), (.27, .42), (.27, .9)],
+    "dress": [(0, .14), (.12, .05), (.18, .22), (.1, .42), (.3, .95)],
+    "coat": [(0, .3), (.1, .05), (.34, .13), (.45, .88), (.35, .9), (.3, .4), (.33, .97), (.03, .97)],
     "sandal": [(-.46, .72), (-.1, .5), (.02, .6), (.2, .35), (.26, .38), (.12, .66), (.44, .5), (.46, .74), (.3, .68), (-.46, .8)],
-    "shirt": [(.0, .22), (.1, .04), (.4, .3), (.34, .4), (.24, .3), (.22, .96)],
+    "shirt": [(0, .22), (.1, .04), (.4, .3), (.34, .4), (.24, .3), (.22, .96)],
     "sneaker": [(-.47, .72), (-.44, .58), (-.12, .46), (.14, .32), (.4, .34), (.46, .5), (.47, .74)],
-    "bag": [(.0, .38), (.2, .38), (.16, .14), (.0, .1), (.0, .04), (.22, .08), (.26, .38), (.44, .4), (.42, .9), (.0, .9)],
-    "boot": [(-.42, .92), (-.4, .76), (-.04, .64), (.0, .06), (.34, .06), (.36, .62), (.42, .92)],
+    "bag": [(0, .38), (.2, .38), (.16, .14), (0, .1), (0, .04), (.22, .08), (.26, .38), (.44, .4), (.42, .9), (0, .9)],
+    "boot": [(-.42, .92), (-.4, .76), (-.04, .64), (0, .06), (.34, .06), (.36, .62), (.42, .92)],
 }
-WHOLE = {"sandal", "sneaker", "boot"}
 
 
 def draw_garments(each=400):
     """Built-in domain: ten silhouettes, every image with its own proportions, outline, place and shading."""
     rng, images = np.random.default_rng(0), []
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
-    for name, outline in GARMENTS.items():
-        points = np.array(outline if name in WHOLE else outline + [(-x, y) for x, y in reversed(outline)])
+    for outline in GARMENTS.values():
+        points = np.array(outline + ([] if outline[0][0] else [(-x, y) for x, y in reversed(outline)]))
         for _ in range(each):
-            stretch, shift = rng.uniform(.72, 1.05, 2), rng.uniform(-.06, .06, 2)
-            corners = (points + rng.normal(0, .018, points.shape) - (0, .5)) * stretch + .5 + shift
+            corners = (points + rng.normal(0, .018, points.shape) - (0, .5)) * rng.uniform(.72, 1.05, 2) + .5 + rng.uniform(-.06, .06, 2)
             canvas = Image.new("L", (112, 112))
             ImageDraw.Draw(canvas).polygon([tuple(c) for c in corners * 112], 255)
-            light = rng.uniform(.4, 1) + rng.uniform(-.25, .25) * x + rng.uniform(-.25, .25) * y + rng.uniform(0, .12) * np.cos(rng.uniform(3, 20) * (x if rng.random() < .5 else y))
+            stripes = rng.uniform(0, .12) * np.cos(rng.uniform(3, 20) * (x if rng.random() < .5 else y))
+            light = rng.uniform(.4, 1) + rng.uniform(-.25, .25) * x + rng.uniform(-.25, .25) * y + stripes
             images.append(np.uint8(np.asarray(canvas.reduce(4)) * light.clip(.15, 1)))
     return Dataset("garments", np.stack(images).reshape(-1, PIXELS), np.arange(10).repeat(each), list(GARMENTS))
 
@@ -252,113 +228,91 @@ def draw_garments(each=400):
 BUILT_IN = {"digits": draw_digits, "garments": draw_garments}
 
 
-def warp(images, angle, log_scale, shear, shift):
-    """Rotate, scale, shear and shift images [T, n, h, w], all n of a task alike: every argument is [T] or [2, T].
-
-    Angles in radians, shifts in half image widths, the logarithm of the scale; samples outside are 0. Returns [T, n, 28, 28].
-    """
-    cos, sin, (sx, sy) = angle.cos(), angle.sin(), log_scale.exp()
-    matrix = torch.stack([torch.stack([cos * sx, (shear - sin) * sy, shift[0]], -1), torch.stack([sin * sx, cos * sy, shift[1]], -1)], 1)  # [T, 2, 3]
-    grid = F.affine_grid(matrix, (len(images), 1, 28, 28), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
 class Domains(NamedTuple):
-    """All images of a run, sorted by class, on the device, and who may use which class for what."""
+    """All images of a run, on the device, sorted by class, and which classes are for what."""
     images: torch.Tensor    # uint8 [n, 784]
     first: torch.Tensor     # int64 [C], where a class begins
-    count: torch.Tensor     # int64 [C]
+    count: torch.Tensor     # int64 [C], how many images it has
     names: list             # 'mnist 7'
     roles: dict             # 'train' or 'test' -> (source classes, target classes)
 
 
 def load_domains(source_specs, target_specs, data_dir, device):
-    """Load every spec once and hold out the last classes of each, for all roles.
+    """Load every spec once; the last classes of each are held out, from whatever other spec they are in as well.
 
-    Raises UserError where nothing would be left to train or to test on.
+    Raises UserError for an empty class, and where no pair is left to train or to test on.
     """
-    index, counts, images, names, classes = {}, [], [], [], {}
-    for spec in [*source_specs, *target_specs]:
-        if spec in classes:
-            continue
-        dataset = load_dataset(spec, data_dir)
-        classes[spec] = []
-        for label, label_name in enumerate(dataset.classes):
-            key = f"{dataset.name} {label_name}"
-            if key not in index:
-                index[key] = len(index)
-                images.append(dataset.images[dataset.labels == label])
-                counts.append(len(images[-1]))
-                names.append(key)
-            classes[spec].append(index[key])
-            if not counts[index[key]]:
-                raise UserError(f"class '{key}' of '{spec}' has no image")
-        if len(dataset.classes) < 2:
-            raise UserError(f"'{spec}' has one class; at least two are needed, one of them held out for testing")
-    tests = {spec: c[-min(HELD_OUT, max(1, len(c) // 3)):] for spec, c in classes.items()}
-    held_out = {c for test in tests.values() for c in test}
-    roles = {role: [list(dict.fromkeys(c for spec in specs for c in pick(spec))) for specs in (source_specs, target_specs)]
-             for role, pick in (("train", lambda spec: [c for c in classes[spec] if c not in held_out]), ("test", tests.get))}
-    for role, (sources, targets) in roles.items():
-        if not any(s != t for s in sources for t in targets):
-            raise UserError(f"no (source, target) pair of two different classes is left to {role} on; name more classes")
-    count = torch.tensor(counts)
-    return Domains(torch.from_numpy(np.concatenate(images)).to(device), (count.cumsum(0) - count).to(device), count.to(device), names, roles)
+    classes, images = {}, {}                    # spec -> its class names; class name -> its images
+    for spec in dict.fromkeys([*source_specs, *target_specs]):
+        data = load_dataset(spec, data_dir)
+        classes[spec] = [f"{data.name} {name}" for name in data.classes]
+        images.update((name, data.images[data.labels == label]) for label, name in enumerate(classes[spec]))
+    names = list(images)
+    for name in names:
+        if not len(images[name]):
+            raise UserError(f"class '{name}' has no image; leave it out, as in mnist:0-6,9")
+    held_out = {spec: own[-min(HELD_OUT, max(1, len(own) // 3)):] for spec, own in classes.items()}
+    kept = {spec: [name for name in own if not any(name in h for h in held_out.values())] for spec, own in classes.items()}
+    roles = {}
+    for role, own in (("train", kept), ("test", held_out)):
+        roles[role] = [list(dict.fromkeys(names.index(name) for spec in specs for name in own[spec])) for specs in (source_specs, target_specs)]
+        if not any(s != t for s in roles[role][0] for t in roles[role][1]):
+            raise UserError(f"no pair of two different classes is left to {role} on: a third of every domain's classes is held out, so name more")
+    count = torch.tensor([len(images[name]) for name in names], device=device)
+    return Domains(torch.from_numpy(np.concatenate(list(images.values()))).to(device), count.cumsum(0) - count, count, names, roles)
 
 
 def sample_images(domains, classes, n, rng):
     """n different images of each of the classes [T], as floats in [-1, 1]  # [T, n, 784]"""
-    count = domains.count[classes].unsqueeze(1)
     lots = torch.rand(len(classes), int(domains.count.max()), generator=rng, device=rng.device)
-    lots = lots.masked_fill(torch.arange(lots.shape[1], device=rng.device) >= count, 2)         # a class's own images have lots below 1
-    index = domains.first[classes].unsqueeze(1) + lots.topk(n, largest=False).indices
+    beyond = torch.arange(lots.shape[1], device=rng.device) >= domains.count[classes].unsqueeze(1)
+    index = domains.first[classes].unsqueeze(1) + lots.masked_fill(beyond, 2).topk(n, largest=False).indices
     return domains.images[index] / 127.5 - 1
 
 
 def sample_pairs(domains, n, rng):
-    """n random (source class, target class) pairs for meta-training, the two never the same  # int64 [n, 2]"""
+    """n random pairs of a source class and another class, the target, for meta-training  # int64 [n, 2]"""
     sources, targets = domains.roles["train"]
-    pairs = torch.tensor([(s, t) for s in sources for t in targets if s != t])
-    return pairs[torch.randint(len(pairs), (n,), generator=rng, device=rng.device).cpu()].to(rng.device)
+    pairs = torch.tensor([(s, t) for s in sources for t in targets if s != t], device=rng.device)
+    return pairs[torch.randint(len(pairs), (n,), generator=rng, device=rng.device)]
 
 
 def new_domain(images, other, rng):
-    """Make new domains of old ones: one random change per task, the same for all its images  # [T, n, 784] -> the same
+    """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
 
-    Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in. Few classes with
-    many variations generalise where few classes alone are learned by heart.
+    Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
+    learned by heart, where many variations of them teach to adapt.
     """
     tasks, n, _ = images.shape
-    u = torch.rand(11, tasks, generator=rng, device=rng.device)
-    mixed = (u[0] < 0.3).view(-1, 1, 1) & (torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5)
-    images = (torch.where(mixed, other, images).view(tasks, n, 28, 28) + 1) / 2
-    v = 2 * u - 1
-    angle = (4 * u[1]).floor() * math.pi / 2 + 0.35 * v[2]
-    warped = warp(images, angle, 0.25 * v[3:5], 0.3 * v[5], 0.15 * v[6:8])
-    warped = torch.where((u[8] < 0.5).view(-1, 1, 1, 1), warped.flip(-1), warped)
-    images = torch.where((u[9] < 0.75).view(-1, 1, 1, 1), warped, images)
-    gamma = torch.where(u[10] < 0.3, torch.exp(0.75 * v[8]), 1.0).view(-1, 1, 1, 1)
-    return images.clamp(0, 1).pow(gamma).view(tasks, n, PIXELS) * 2 - 1
+    u = torch.rand(12, tasks, 1, 1, 1, generator=rng, device=rng.device)
+    v = (2 * u - 1).view(12, tasks)
+    swap = (u[0, :, 0] < 0.3) & (torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5)
+    images = (torch.where(swap, other, images).view(tasks, n, 28, 28) + 1) / 2
+    warped = warp(images, (4 * u[1]).floor().view(-1) * math.pi / 2 + 0.35 * v[2], 0.25 * v[3:5], 0.3 * v[5], 0.15 * v[6:8])
+    warped = torch.where(u[8] < 0.5, warped.flip(-1), warped)
+    images = torch.where(u[9] < 0.75, warped, images).clamp(0, 1)
+    gamma = torch.where(u[10] < 0.3, torch.exp(1.5 * u[11] - 0.75), 1)
+    return images.pow(gamma).view(tasks, n, PIXELS) * 2 - 1
 
 
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
-    """What T tasks learn from and are scored on: the images of T (source class, target class) pairs [T, 2].
+    """The images of T tasks, given as (source class, target class) pairs [T, 2].
 
-    Returns source_steps batches of the source domain and the support  # each [T, shots, 784]
-    and query images, none of which is in the support  # [T, queries, 784]
+    Returns source_steps batches of the source and the support  # each [T, shots, 784]
+    and query images of the target, none of them in the support  # [T, queries, 784]
     """
     source, target = pairs.T
-    batches = [sample_images(domains, source, shots, rng) for _ in range(source_steps)]
+    sources = [sample_images(domains, source, shots, rng) for _ in range(source_steps)]
     images = sample_images(domains, target, shots + queries, rng)
     if augment:
         other = sample_pairs(domains, len(pairs), rng)[:, 1]
         images = new_domain(images, sample_images(domains, other, shots + queries, rng), rng)
-    return batches, images[:, :shots], images[:, shots:]
+    return sources, images[:, :shots], images[:, shots:]
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 2  Networks: pure functions of their parameters
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Layer(NamedTuple):
     """A linear layer and what it remembers of its inner steps, equation (4): W' = W + deltasᵀ inputs, b' = b + Σ deltas."""
@@ -454,9 +408,9 @@ def noise(tasks, n, rng):
     return torch.randn(tasks, n, NOISE, generator=rng, device=rng.device)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 3  The game (Goodfellow et al. 2014), and a score that cannot be talked out of anything
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def loss_d(real_logits, fake_logits):
     """The discriminator's loss, equation (1), per task: softplus keeps it finite where log(sigmoid) is not  # [T]"""
@@ -479,9 +433,9 @@ def energy_distance(x, y):
     return 2 * distance(x, y) / (n * m) - distance(x, x) / (n * (n - 1)) - distance(y, y) / (m * (m - 1))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 4  Inner loop: the one place where an initialisation is adapted
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
@@ -517,9 +471,9 @@ def inner_step(layers, rates, x, second_order, player, loss):
     return remember(layers, inputs, [-rate * g for rate, g in zip(rates, gradients)])
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 5  Meta-training
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def outer_loss(theta, phi, query, score, rng):
     """How good adapted players are, on images that they have not seen  # [T]
@@ -551,32 +505,24 @@ def meta_gradient(leaves, batches, query, algorithm, score, rng):
     return loss.detach(), grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
 
-def new_phase(leaves, optimizers, seed, device):
-    """The state of a phase of training, all that a checkpoint must hold for it to go on to the same bits."""
-    return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves],
-            "optimizers": optimizers, "rng": torch.Generator(device).manual_seed(seed)}
+def new_phase(flat, seed, settings=None):
+    """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
 
-
-def trainable(flat):
-    return [t.detach().clone().requires_grad_() for t in flat]
-
-
-def gan_phase(flat, lr, seed, device):
-    """Ordinary GAN training of copies of the parameters, with an Adam for each player."""
-    leaves = trainable(flat)
-    adams = [torch.optim.Adam(tensors(layers), lr, betas=(0.5, 0.999), fused=True) for layers in players(leaves)]
-    return new_phase(leaves, adams, seed, device)
-
-
-def meta_phase(flat, settings, device):
-    """Meta-training of copies of the parameters and of their inner learning rates, from settings.inner_lr on."""
-    leaves = trainable([*flat, torch.full((2, len(GENERATOR_SIZES) - 1), math.log(settings.inner_lr), device=device)])
-    groups = [{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 100 * settings.meta_lr}]
-    return new_phase(leaves, [torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)], settings.seed + 3, device)
+    Ordinary GAN training, or with `settings` meta-training, which learns the inner learning rates as well.
+    """
+    leaves = [t.detach().clone().requires_grad_() for t in flat]
+    if settings:
+        leaves.append(torch.full((2, len(GENERATOR_SIZES) - 1), math.log(settings.inner_lr), device=flat[0].device, requires_grad=True))
+        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 100 * settings.meta_lr}]]
+    else:
+        groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
+    return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves[:] if settings],
+            "optimizers": [torch.optim.Adam(group, betas=(0.5, 0.999), fused=True) for group in groups],
+            "rng": torch.Generator(flat[0].device).manual_seed(seed)}
 
 
 def update(optimizer, leaves, gradients, clip=math.inf):
-    """An optimiser's step with gradients of at most this norm; False, and nothing happens, where one is not finite."""
+    """An optimiser's step with gradients of at most this norm; False, and nothing happens, where they are not finite."""
     norm = torch.nn.utils.get_total_norm(gradients)
     if not norm.isfinite():
         return False
@@ -587,32 +533,29 @@ def update(optimizer, leaves, gradients, clip=math.inf):
 
 
 def gan_step(phase, real):
-    """One step of D and one of G, all parameters, on real images [T, B, 784]. Returns whether all was finite, and the losses."""
+    """A step of D and one of G, on real images [T, B, 784]; returns whether all was finite, and the losses."""
     (theta, phi), (adam_g, adam_d), rng = players(phase["leaves"]), phase["optimizers"], phase["rng"]
     judge = lambda images: discriminator(phi, images, dropout=0.3, rng=rng)[0]
     fake, _ = generator(theta, noise(*real.shape[:2], rng))
-    loss = loss_d(judge(real), judge(fake.detach()))
-    finite = update(adam_d, tensors(phi), grad(loss.sum(), tensors(phi)))
-    loss_of_g = loss_g(judge(fake))
-    finite &= update(adam_g, tensors(theta), grad(loss_of_g.sum(), tensors(theta)))
-    return finite, {"D": loss.mean().item(), "G": loss_of_g.mean().item()}
+    d = loss_d(judge(real), judge(fake.detach())).sum()
+    finite = update(adam_d, tensors(phi), grad(d, tensors(phi)))
+    g = loss_g(judge(fake)).sum()
+    finite &= update(adam_g, tensors(theta), grad(g, tensors(theta)))
+    return finite, {"D": d.item(), "G": g.item()}
 
 
-def pretraining_step(phase, domains, settings, augment):
-    """Ordinary GAN training on the union of all meta-training classes, as they are or as `new_domain` makes them."""
-    rng, tasks = phase["rng"], settings.meta_batch
-    classes = torch.tensor(sorted({c for role in domains.roles["train"] for c in role}), device=rng.device)
-    if augment:
-        real, _ = sample_episode(domains, sample_pairs(domains, tasks, rng), GAN_BATCH // tasks + 1, 0, 0, rng, True)[1:]
-        real = real.reshape(1, -1, PIXELS)[:, :GAN_BATCH]
-    else:
-        picked = classes[torch.randint(len(classes), (GAN_BATCH,), generator=rng, device=rng.device)]
-        real = sample_images(domains, picked, 1, rng).view(1, GAN_BATCH, PIXELS)
-    return gan_step(phase, real)
+def pretraining_step(phase, domains, augment):
+    """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
+    rng = phase["rng"]
+    classes = torch.tensor(sorted({*domains.roles["train"][0], *domains.roles["train"][1]}), device=rng.device)
+    tasks = 4 if augment else GAN_BATCH
+    chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
+    images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
+    return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS))
 
 
 def meta_step(phase, domains, settings):
-    """One episode of equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average."""
+    """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average."""
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
     sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, augment=True)
@@ -621,139 +564,136 @@ def meta_step(phase, domains, settings):
     finite = bool(loss.isfinite()) and update(phase["optimizers"][0], leaves, gradients, CLIP)
     with torch.no_grad():
         leaves[-1].clamp_(max=math.log(MAX_RATE))
-        for average, leaf in zip(phase["average"], leaves):
-            average.lerp_(leaf, 1 - AVERAGE)
-    rates = leaves[-1].exp().tolist()
-    return finite, {"loss": loss.item(), **{f"{player}{i}": rate for player, row in zip(("rate_G", "rate_D"), rates) for i, rate in enumerate(row)}}
+        torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
+    rates = leaves[-1].detach().exp().flatten().tolist()
+    return finite, {"loss": loss.item(), **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
 
 
 def run_phase(run, name, total, step, save):
-    """Call step(phase) until `total` steps are done; show, log and save, and stop where the user or the numbers say so."""
-    phase, first, began, shown, saved = run[name], run[name]["step"], time.perf_counter(), 0.0, time.perf_counter()
+    """Call step(phase) until `total` steps are done: show, log, save, and stop where the user or the numbers say so."""
+    phase, began, shown = run[name], time.perf_counter(), 0.0
+    saved, first = began, phase["step"]
     while phase["step"] < total:
         finite, numbers = step(phase)
         phase["step"] += 1
         phase["skipped"] += not finite
         phase["in_a_row"] = 0 if finite else phase["in_a_row"] + 1
-        done, now = phase["step"] == total, time.perf_counter()
-        if name == "meta-training" and (phase["step"] % 10 == 0 or done):
-            run["log"].append({"step": phase["step"], **numbers, "skipped": phase["skipped"], "domains": run["domains"]})
-        if now - shown > (0.2 if sys.stderr.isatty() else 10) or done:
-            speed, shown = (phase["step"] - first) / (now - began), now
-            values = "  ".join(f"{k} {v:.3g}" for k, v in numbers.items())
-            show(f"{name} {phase['step']}/{total}  {values}  skipped {phase['skipped']}  {speed:.2f} steps/s  {(total - phase['step']) / speed:.0f} s left", done)
         if phase["in_a_row"] == PATIENCE:
             raise UserError(f"{name}: {PATIENCE} updates in a row were not finite; try a smaller --inner-lr or --meta-lr, or fewer --inner-steps")
-        if done or INTERRUPTED or now - saved > run["settings"]["save_seconds"]:
+        last, now = phase["step"] == total, time.perf_counter()
+        if name == "meta-training" and (phase["step"] % 10 == 0 or last):
+            run["log"].append({"step": phase["step"], **numbers, "skipped": phase["skipped"], "domains": run["domains"]})
+        if last or now - shown > (0.2 if sys.stderr.isatty() else 10):
+            speed, shown = (phase["step"] - first) / (now - began), now
+            values = " ".join(f"{key} {value:.3g}" for key, value in numbers.items())
+            show(f"{name} {phase['step']}/{total} {speed:.1f}/s {(total - phase['step']) / speed:.0f} s left, skipped {phase['skipped']}, {values}", last)
+        if last or INTERRUPTED or now - saved > run["settings"]["save_seconds"]:
             save()
-            saved = now
-        if INTERRUPTED and not done:
+            saved = time.perf_counter()
+        if INTERRUPTED and not last:
             raise KeyboardInterrupt
 
 
-def show(line, last=True):
-    """Progress on stderr: one line that is written over on a terminal, plain lines elsewhere."""
-    if sys.stderr.isatty():
-        print("\r\x1b[K" + line[:os.get_terminal_size(2).columns - 1], end="\n" if last else "", file=sys.stderr, flush=True)
-    else:
-        print(line, file=sys.stderr, flush=True)
+def show(line, last=False):
+    """Progress on stderr: one line written over and over on a terminal, plain lines elsewhere."""
+    terminal = sys.stderr.isatty()
+    line = "\r\x1b[K" + line[:os.get_terminal_size(2).columns - 1] if terminal else line
+    print(line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 
 def train(run, domains, settings, save):
-    """All training, each phase from where it stands: warm start, the two baselines that go on from there, meta-training.
+    """All training, each phase from where it stands: the warm start, two baselines that go on from it, and meta-training.
 
-    Both `transfer` baselines see as many images as meta-training does, the second one the very kind that it sees.
+    Both baselines see as many images as meta-training, `transfer augmented` those of the very domains that it makes.
     """
-    device = domains.images.device
     seen = settings.meta_steps * settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
-    if "warm start" not in run:
-        rng = torch.Generator(device).manual_seed(settings.seed)
-        run["warm start"] = gan_phase(tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng)), 2e-4, settings.seed, device)
-    ordinary = lambda phase: pretraining_step(phase, domains, settings, augment=False)
-    augmented = lambda phase: pretraining_step(phase, domains, settings, augment=True)
-    run_phase(run, "warm start", settings.warm_steps, ordinary, save)
-    warm = run["warm start"]["leaves"]
-    for name, step, seed in (("transfer", ordinary, 1), ("transfer augmented", augmented, 2)):
+    rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
+    random_start = tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng))
+    plain = lambda phase: pretraining_step(phase, domains, augment=False)
+    augmented = lambda phase: pretraining_step(phase, domains, augment=True)
+    episode = lambda phase: meta_step(phase, domains, settings)
+    for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, plain), ("transfer", seen // GAN_BATCH, plain),
+                                             ("transfer augmented", seen // GAN_BATCH, augmented), ("meta-training", settings.meta_steps, episode))):
         if name not in run:
-            run[name] = gan_phase(warm, 2e-4, settings.seed + seed, device)
-        run_phase(run, name, seen // GAN_BATCH, step, save)
-    if "meta-training" not in run:
-        run["meta-training"] = meta_phase(warm, settings, device)
-    run_phase(run, "meta-training", settings.meta_steps, lambda phase: meta_step(phase, domains, settings), save)
+            run[name] = new_phase(run["warm start"]["leaves"] if i else random_start, settings.seed + i, settings if step is episode else None)
+        run_phase(run, name, steps, step, save)
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-def few_shot(leaves, sources, support, n, rng):
-    """Adapt our initialisation to T tasks at once; yields (number of steps on the support, n samples [T, n, 784])."""
+def few_shot(leaves, sources, support, n, rng, test_steps):
+    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784])."""
     leaves = [t.detach() for t in leaves]
-    theta, phi = adapt(*players(leaves), leaves[-1].exp(), sources, rng, second_order=False)
-    for done, steps in zip((0, *TEST_STEPS), TEST_STEPS):
-        theta, phi = adapt(theta, phi, leaves[-1].exp(), [support] * (steps - done), rng, second_order=False)
-        yield steps, generator(theta, noise(len(support), n, rng))[0].detach()
+    rates = leaves[-1].exp()
+    theta, phi = adapt(*players(leaves), rates, sources, rng, second_order=False)
+    for before, steps in zip((0, *test_steps), test_steps):
+        theta, phi = adapt(theta, phi, rates, [support] * (steps - before), rng, second_order=False)
+        yield steps, generator(theta, noise(len(support), n, rng))[0]
 
 
-def fine_tune(leaves, lr, sources, support, n, seed):
+def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     """The same of a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
-    phase = gan_phase([t.expand(len(support), *t.shape) for t in leaves[:16]], lr, seed, support.device)
-    for real in sources:
-        gan_step(phase, real)
-    for done, steps in zip((0, *TEST_STEPS), TEST_STEPS):
-        for _ in range(steps - done):
-            gan_step(phase, support)
+    phase = new_phase([t.expand(len(support), *t.shape) for t in leaves], seed)
+    for adam in phase["optimizers"]:
+        adam.param_groups[0]["lr"] = lr
+    for before, steps in zip((-len(sources), *test_steps), test_steps):
+        for real in [*sources, *[support] * steps][before + len(sources):]:
+            gan_step(phase, real)
         yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"]))[0].detach()
 
 
 def without_a_gan(support, n, rng):
-    """What a sceptic would try on the support [T, K, 784] first; yields (name, n 'samples' [T, n, 784])."""
+    """What a sceptic tries first with the support [T, K, 784]; yields (name, n 'samples' [T, n, 784])."""
     tasks, shots, _ = support.shape
-    mean = support.mean(1, keepdim=True)
-    pick = lambda: support.gather(1, torch.randint(shots, (tasks, n, 1), generator=rng, device=rng.device).expand(-1, -1, PIXELS))
+    mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
+    pick = lambda: torch.stack([images[torch.randint(shots, (n,), generator=rng, device=rng.device)] for images in support])
+    share = torch.rand(tasks, n, 1, generator=rng, device=rng.device)
+    _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
+    weights = torch.randn(tasks, n, components, generator=rng, device=rng.device) * scale[:, None, :components] / max(1, shots - 1) ** 0.5
     yield "mean image", mean.expand(-1, n, -1)
     yield "support repeated", pick()
-    share = torch.rand(tasks, n, 1, generator=rng, device=rng.device)
     yield "pairwise mix", share * pick() + (1 - share) * pick()
-    if shots > 1:
-        components = min(8, shots - 1)
-        _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
-        weights = torch.randn(tasks, n, components, generator=rng, device=rng.device) * scale[:, None, :components] / math.sqrt(shots - 1)
-        yield f"Gaussian on {components} components", (mean + weights @ directions[:, :components]).clamp(-1, 1)
+    yield f"Gaussian on {components} components", (mean + weights @ directions[:, :components]).clamp(-1, 1)
+
+
+def new_classifier(classes):
+    """A small CNN: images [n, 784] -> features [n, 64] -> logits [n, classes]."""
+    nn = torch.nn
+    features = nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
+                             nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
+    return nn.Sequential(features, nn.Linear(64, classes))
 
 
 def train_classifier(domains, steps, seed):
-    """A small CNN that tells all classes apart, held-out ones too: the judge of generated images, which trains nothing.
+    """The judge of generated images, which trains nothing: tells all classes apart, held-out ones as well.
 
-    Returns (features: images [n, 784] -> [n, 64], head: features -> logits [n, C], accuracy on the tenth left out of training).
+    Returns it with its accuracy on a tenth of the images that it was not trained on.
     """
-    nn = torch.nn
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)
-        features = nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
-                                 nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
-        head = nn.Linear(64, len(domains.names))
-        order = torch.randperm(len(domains.images)).to(domains.images.device)
-    net = nn.Sequential(features, head).to(domains.images.device)
-    labels = torch.arange(len(domains.names), device=order.device).repeat_interleave(domains.count)
-    tenth, rest = order[:len(order) // 10 + 1], order[len(order) // 10:]
-    adam = torch.optim.Adam(net.parameters(), 1e-3)
+    torch.manual_seed(seed)
+    device = domains.images.device
+    classifier, order = new_classifier(len(domains.names)).to(device), torch.randperm(len(domains.images)).to(device)
+    labels = torch.arange(len(domains.names), device=device).repeat_interleave(domains.count)
+    adam, tenth = torch.optim.Adam(classifier.parameters(), 1e-3), len(order) // 10 + 1
     for step in range(steps):
-        batch = rest[torch.arange(step * 128, step * 128 + 128, device=order.device) % len(rest)]
+        batch = order[tenth + (torch.arange(128, device=device) + 128 * step) % (len(order) - tenth)]
         adam.zero_grad()
-        F.cross_entropy(net(domains.images[batch] / 127.5 - 1), labels[batch]).backward()
+        F.cross_entropy(classifier(domains.images[batch] / 127.5 - 1), labels[batch]).backward()
         adam.step()
     with torch.no_grad():
-        accuracy = (net(domains.images[tenth] / 127.5 - 1).argmax(-1) == labels[tenth]).double().mean().item()
-    return features, head, accuracy
+        right = classifier(domains.images[order[:tenth]] / 127.5 - 1).argmax(-1) == labels[order[:tenth]]
+    return classifier, right.double().mean().item()
 
 
 def frechet_distance(a, b):
-    """Fréchet distance of the Gaussians fitted to feature vectors a [n, d] and b [m, d]: |μa - μb|² + tr(A + B - 2 (A B)^½).
+    """Fréchet distance of the Gaussians fitted to features a [n, d] and b [m, d]: |μa - μb|² + tr(A + B - 2 (A B)^½).
 
-    In float64; the trace of the root is that of (A^½ B A^½)^½, which is symmetric. Lower is better; biased upwards for few samples.
+    In float64; (A B)^½ has the trace of (A^½ B A^½)^½, which is symmetric. Biased upwards where n or m is small.
     """
     a, b = a.double(), b.double()
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return math.inf
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -762,149 +702,142 @@ def frechet_distance(a, b):
 
 
 @torch.no_grad()
-def judge_samples(samples, support, fresh, reference, targets, classifier):
-    """Three numbers for each task's samples [T, n, 784]: one dict a task.
+def judge_samples(samples, test, targets, classifier):
+    """Three numbers for the samples [n, 784] of each task, as dicts.
 
-    frechet: to the reference images, on the classifier's features. recognised: share that the classifier takes for the
-    target class. nearest: mean distance of a sample to its nearest support image, over that of fresh real images;
-    well under 1, the support was learned by heart.
+    frechet: to reference images, on the classifier's features. recognised: the share that it takes for the target class.
+    nearest: mean distance of a sample to its nearest support image, over that of fresh real images; well under 1, the
+    support was learned by heart.
     """
-    features, head, _ = classifier
+    _, support, fresh, reference = test
     results = []
     for x, shots, real, truth, target in zip(samples, support, fresh, reference, targets):
-        seen = features(x)
+        seen = classifier[0](x)
         nearest = torch.cdist(x, shots).amin(1).mean() / torch.cdist(real, shots).amin(1).mean().clamp(min=1e-9)
-        results.append({"frechet": frechet_distance(seen, features(truth)), "nearest": nearest.item(),
-                        "recognised": (head(seen).argmax(-1) == target).double().mean().item()})
+        results.append({"frechet": frechet_distance(seen, classifier[0](truth)), "nearest": nearest.item(),
+                        "recognised": (classifier[1](seen).argmax(-1) == target).double().mean().item()})
     return results
 
 
 def held_out_pairs(domains, seed):
-    """Every (source, target) pair of held-out classes, or a seeded choice of them with every target in turn  # int64 [T, 2]"""
+    """Every pair of held-out classes, or TEST_PAIRS of them, drawn so that every target has its turn  # int64 [T, 2]"""
     sources, targets = domains.roles["test"]
-    shuffle = lambda items, salt: [items[i] for i in torch.randperm(len(items), generator=torch.Generator().manual_seed(seed + salt))]
-    orders = [[(s, t) for s in shuffle(sources, t) if s != t] for t in shuffle(targets, 0)]
+    rng = np.random.default_rng(seed)
+    orders = [[(s, t) for s in rng.permutation(sources) if s != t] for t in rng.permutation(targets)]
     turns = [order[i] for i in range(len(sources)) for order in orders if i < len(order)]
     return torch.tensor(sorted(turns[:TEST_PAIRS], key=lambda pair: pair[::-1]), device=domains.images.device)
 
 
 def draw_test(domains, pairs, settings, rng, augment=False):
-    """Images of T tasks: source batches, support, and two equally large sets of fresh real images of the target."""
+    """Source batches and support of T tasks, and two equally large sets of other target images, fresh and reference."""
     n = min(500, (min(int(domains.count[c]) for c in pairs[:, 1]) - settings.shots) // 2)
     sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
     return sources, support, rest[:, :n], rest[:, n:]
 
 
-def choose_rates(name, leaves, domains, settings, classifier):
-    """A baseline's best learning rate for every number of steps, on augmented tasks from the *meta-training* classes."""
-    rng = torch.Generator(domains.images.device).manual_seed(settings.seed + 4)
-    pairs = sample_pairs(domains, settings.tune_tasks, rng)
-    sources, support, fresh, reference = draw_test(domains, pairs, settings, rng, augment=True)
-    table = {}
-    for lr in GAN_RATES:
-        show(f"choosing the learning rate of '{name}': {lr:g}", False)
-        for steps, samples in fine_tune(leaves, lr, sources, support, fresh.shape[1], settings.seed):
-            judged = judge_samples(samples, support, fresh, reference, pairs[:, 1], classifier)
-            table.setdefault(steps, {})[lr] = float(np.nan_to_num(np.mean([j["frechet"] for j in judged]), nan=np.inf))
-    return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in table.items()}
+def choose_rates(leaves, domains, settings, classifier):
+    """A baseline's best learning rate for every number of steps, on made-up domains of the *meta-training* classes."""
+    rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
+    pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
+    test = draw_test(domains, pairs, settings, rng, augment=True)
+    for lr in GAN_RATES[-settings.tune_tasks:]:
+        for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], settings.seed, settings.test_steps):
+            distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
+    return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
 
 
 def meta_test(run, domains, settings, classifier):
-    """Every method on every held-out pair and test seed, on identical images. Returns the results and what the filmstrip shows."""
-    device, pairs = domains.images.device, held_out_pairs(domains, settings.seed)
-    scratch_rng = torch.Generator(device).manual_seed(settings.seed + 5)
-    baselines = {"from scratch": tensors(init_network(GENERATOR_SIZES, scratch_rng), init_network(DISCRIMINATOR_SIZES, scratch_rng)),
-                 **{name: run[name]["leaves"] for name in ("transfer", "transfer augmented")}}
-    chosen = {name: choose_rates(name, leaves, domains, settings, classifier) for name, leaves in baselines.items()}
-    results, film = [], {}
+    """Every method on every held-out pair and test seed, on the same images.
+
+    Returns the results, a dict for each; the first images of everything, (method, steps) -> [T, 16, 784]; and the
+    baselines' learning rates.
+    """
+    pairs, results, film = held_out_pairs(domains, settings.seed), [], {}
+    rng = torch.Generator(domains.images.device).manual_seed(settings.seed + 1)
+    random_start = tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng))
+    baselines = {"from scratch": random_start, **{name: run[name]["leaves"] for name in ("transfer", "transfer augmented")}}
+    chosen = {}
+    for name, leaves in baselines.items():
+        show(f"choosing learning rates for '{name}'")
+        chosen[name] = choose_rates(leaves, domains, settings, classifier)
     for seed in range(settings.test_seeds):
-        show(f"meta-testing with support {seed + 1} of {settings.test_seeds}", False)
-        rng = torch.Generator(device).manual_seed(1000 * settings.seed + seed + 6)
-        sources, support, fresh, reference = draw_test(domains, pairs, settings, rng)
+        show(f"meta-testing on {len(pairs)} held-out pairs, support {seed + 1} of {settings.test_seeds}")
+        test = sources, support, fresh, _ = draw_test(domains, pairs, settings, rng)
         n = fresh.shape[1]
 
         def record(method, steps, samples):
-            if seed == 0:
-                film[method, steps] = samples[:, :16].cpu()
-            for (s, t), numbers in zip(pairs.tolist(), judge_samples(samples, support, fresh, reference, pairs[:, 1], classifier)):
+            film.setdefault((method, steps), samples[:, :16].cpu())
+            for (s, t), numbers in zip(pairs.tolist(), judge_samples(samples, test, pairs[:, 1], classifier)):
                 results.append({"method": method, "seed": seed, "source": domains.names[s], "target": domains.names[t], "steps": steps, **numbers})
 
+        film.setdefault(("support", None), support[:, :16].cpu())
         record("real images", None, fresh)
         for method, samples in without_a_gan(support, n, rng):
             record(method, None, samples)
-        for steps, samples in few_shot(run["meta-training"]["average"], sources, support, n, rng):
+        for steps, samples in few_shot(run["meta-training"]["average"], sources, support, n, rng, settings.test_steps):
             record("MT-GAN", steps, samples)
         for method, leaves in baselines.items():
             for lr in sorted(set(chosen[method].values())):
-                for steps, samples in fine_tune(leaves, lr, sources, support, n, seed):
+                for steps, samples in fine_tune(leaves, lr, sources, support, n, seed, settings.test_steps):
                     if chosen[method][steps] == lr:
                         record(method, steps, samples)
-        film["support", None] = support.cpu() if seed == 0 else film["support", None]
     return pairs, results, film, chosen
 
 
 def interval(values):
-    """Mean of n values and half its 95 % confidence interval, with Student's t for n - 1 degrees (Cornish-Fisher expansion)."""
-    n, mean = len(values), float(np.mean(values))
-    if n < 2:
-        return mean, math.nan
+    """The mean and half its 95 % confidence interval; Student's t by its Cornish-Fisher expansion, good from 4 values on."""
+    n = max(2, len(values))
     t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2
-    return mean, float(t * np.std(values, ddof=1) / math.sqrt(n))
+    return np.mean(values), t * np.std(values) / math.sqrt(n - 1)
 
 
-def print_tables(results):
-    """The three metrics, a row for each method, a column for each number of steps: mean ± half the 95 % interval."""
-    methods = list(dict.fromkeys(r["method"] for r in results))
-    for metric, title, digits in (("frechet", "Fréchet distance on classifier features (lower is better)", 0),
-                                  ("recognised", "share recognised as the target class", 2),
-                                  ("nearest", "distance to the nearest support image / that of real images (well under 1: memorised)", 2)):
-        print(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>13}" for steps in TEST_STEPS))
-        for method in methods:
-            cells = []
-            for steps in (None, *TEST_STEPS):
-                values = [r[metric] for r in results if r["method"] == method and r["steps"] == steps]
-                mean, half = interval(values) if values else (None, None)
-                cells += [f"{mean:.{digits}f} ± {half:.{digits}f}"] if values else []
-            print(f"{method:24}" + "".join(f"{cell:>13}" for cell in cells))
+def print_tables(results, test_steps):
+    """The three metrics: a row for each method, a column for each number of steps, mean ± half the 95 % interval."""
+    for metric, title, digits in (("frechet", "Fréchet distance on the classifier's features: lower is better", 0),
+                                  ("recognised", "share recognised as the target class: higher is better", 2),
+                                  ("nearest", "distance to the nearest support image over that of real images: well under 1 is memorised", 2)):
+        print(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in test_steps))
+        for method in dict.fromkeys(result["method"] for result in results):
+            columns = [[r[metric] for r in results if (r["method"], r["steps"]) == (method, steps)] for steps in (None, *test_steps)]
+            cells = ["{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits) for values in columns if values]
+            print(f"{method:24}" + "".join(f"{cell:>14}" for cell in cells))
 
 
-def grid_image(images, columns, zoom):
-    """Images [n, 784] in [-1, 1] as one enlarged picture, `columns` wide."""
-    grid = torchvision.utils.make_grid((images.view(-1, 1, 28, 28) + 1) / 2, columns, padding=1, pad_value=0.25).clamp(0, 1)
-    picture = Image.fromarray((grid[0] * 255).byte().numpy())
+def grid_picture(images, columns, zoom):
+    """Images [n, 784] in [-1, 1], enlarged, as one picture."""
+    grid = torchvision.utils.make_grid((images.view(-1, 1, 28, 28) + 1) / 2, columns, padding=1, pad_value=0.25)
+    picture = torchvision.transforms.functional.to_pil_image(grid.clamp(0, 1)).convert("L")
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
 
 
-def table_image(rows, headers):
-    """Pictures in a table on white: rows of (label, pictures), a header above every column."""
-    width, height, left, top = rows[0][1][-1].width + 8, rows[0][1][-1].height + 8, 190, 32
+def table_picture(rows, headers):
+    """Rows of (label, pictures), a header over every column, on white."""
+    width, height, left, top = rows[0][1][-1].width + 8, rows[0][1][-1].height + 8, 220, 32
     canvas = Image.new("L", (left + width * len(headers), top + height * len(rows)), 255)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(18)
     for j, header in enumerate(headers):
-        draw.text((left + width * j + width / 2, top / 2), header, 0, font, anchor="mm")
+        draw.text((left + width * (j + 0.5), top / 2), header, 0, font, anchor="mm")
     for i, (label, pictures) in enumerate(rows):
-        draw.text((8, top + height * i + height / 2), label, 0, font, anchor="lm")
+        draw.text((8, top + height * (i + 0.5)), re.sub(r" (?=\()|(?<=\)) ", "\n", label), 0, font, anchor="lm")
         for j, picture in enumerate(pictures):
             canvas.paste(picture, (left + width * j, top + height * i))
     return canvas
 
 
-def filmstrip(pairs, film, domains):
-    """Held-out domains adapted to, step by step: the support, our samples, and the best baseline's below them."""
-    rows, shown = [], {}
-    for i, (_, target) in enumerate(pairs.tolist()):
-        shown.setdefault(target, i)
-    for target, i in list(shown.items())[:6]:
-        for method in ("MT-GAN", "transfer"):
-            pictures = [film["support", None][i], *[film[method, steps][i] for steps in TEST_STEPS]]
-            label = domains.names[target].replace(" (", "\n(") .replace(") ", ")\n")
-            rows.append((f"{label}\n{method}", [grid_image(p[:9], 3, 2) for p in pictures]))
-    return table_image(rows, ["support", *[f"{steps} steps" for steps in TEST_STEPS]])
+def draw_results(pairs, film, names, test_steps, out):
+    """adaptation.png: every held-out domain (six at most) adapted to step by step, with transfer below; and samples.png."""
+    place = {target: i for i, (_, target) in reversed(list(enumerate(pairs.tolist())))}
+    strip = [(f"{names[target]}\n{method}", [grid_picture(images[i, :9], 3, 2) for images in
+              [film["support", None], *[film[method, steps] for steps in test_steps]]])
+             for target, i in sorted(place.items())[:6] for method in ("MT-GAN", "transfer")]
+    write_picture(out / "adaptation.png", table_picture(strip, ["support", *[f"{steps} steps" for steps in test_steps]]))
+    rows = [(names[target], [grid_picture(film["MT-GAN", test_steps[-1]][i], 16, 2)]) for target, i in sorted(place.items())]
+    write_picture(out / "samples.png", table_picture(rows, [f"MT-GAN, {test_steps[-1]} steps"]))
 
 
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # 7  Files, and deployment: adapt to a user's images, generate
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
 def write_whole(path, data):
     """Write bytes under a temporary name, then rename: whoever reads `path` finds the old file or the new one, whole."""
@@ -916,8 +849,10 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --out, then --resume") from error
+        try:
+            temporary.unlink(missing_ok=True)
+        finally:
+            raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
 
 
 def write_picture(path, picture):
@@ -926,85 +861,11 @@ def write_picture(path, picture):
     write_whole(path, buffer.getvalue())
 
 
-def save_run(run, out):
-    """checkpoint.pt with tensors and primitives only, and log.csv with its rows."""
-    flat = lambda v: v.get_state() if isinstance(v, torch.Generator) else [t.detach() if torch.is_tensor(t) else t.state_dict() for t in v] if isinstance(v, list) else v
-    buffer = io.BytesIO()
-    torch.save({key: {k: flat(v) for k, v in value.items()} if isinstance(value, dict) and "step" in value else value for key, value in run.items()}, buffer)
-    write_whole(out / "checkpoint.pt", buffer.getvalue())
-    if run["log"]:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, run["log"][0])
-        writer.writeheader()
-        writer.writerows(run["log"])
-        write_whole(out / "log.csv", text.getvalue().encode())
-
-
-def load_run(path, device):
-    """A checkpoint, its phases ready to go on. Raises UserError for anything that is not one."""
-    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else Path(path)
-    try:
-        saved = torch.load(path, map_location=device, weights_only=True)    # a stranger's file cannot run code
-        settings, run = argparse.Namespace(**saved["settings"]), dict(saved)
-        for name, phase in saved.items():
-            if not (isinstance(phase, dict) and "step" in phase):
-                continue
-            flat = phase["leaves"]
-            shapes = [t.shape for t in tensors(init_network(GENERATOR_SIZES, torch.Generator()), init_network(DISCRIMINATOR_SIZES, torch.Generator()))]
-            if [t.shape for t in flat[:16]] != shapes:
-                raise ValueError("parameters of other shapes")
-            fresh = meta_phase(flat[:16], settings, device) if name == "meta-training" else gan_phase(flat, 2e-4, 0, device)
-            with torch.no_grad():
-                for mine, theirs in zip([*fresh["leaves"], *fresh["average"]], [*flat, *phase["average"]], strict=True):
-                    mine.copy_(theirs)
-            for optimizer, state in zip(fresh["optimizers"], phase["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            fresh["rng"].set_state(phase["rng"].cpu())
-            run[name] = {**phase, **fresh, **{k: phase[k] for k in ("step", "skipped", "in_a_row")}}
-        return run
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
-    except Exception as error:                  # whatever a damaged or foreign file makes torch.load or the lines above raise
-        raise UserError(f"{path} is not a readable MT-GAN checkpoint ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-
-
-def deploy(settings, device):
-    """Adapt a trained initialisation to K images of a user's domain and write samples: a grid, and N single PNGs."""
-    run = load_run(settings.adapt, device)
-    if "meta-training" not in run:
-        raise UserError(f"{settings.adapt} holds no meta-trained initialisation yet; finish it with --resume")
-    spec = settings.target[0]
-    dataset = load_dataset(spec, settings.data_dir)
-    shots = settings.shots or min(25, len(dataset.images))
-    if shots > len(dataset.images):
-        raise UserError(f"--shots {shots}, but '{spec}' has {len(dataset.images)} images")
-    out = Path(settings.out or Path(settings.adapt if Path(settings.adapt).is_dir() else Path(settings.adapt).parent) / f"adapted-{slug(spec)}")
-    claim_folder(out, settings.overwrite)
-    rng = torch.Generator(device).manual_seed(settings.seed)
-    chosen = torch.randperm(len(dataset.images), generator=rng, device=device)[:shots].cpu()
-    support = torch.from_numpy(dataset.images)[chosen].to(device) / 127.5 - 1
-    leaves = run["meta-training"]["average"]
-    sources = [t.to(device)[None, :shots] / 127.5 - 1 for t in run["source images"][:run["settings"]["source_steps"]]]
-    batches = [*sources, *[support[None]] * settings.steps]
-    theta, _ = adapt(*players([t.detach() for t in leaves]), leaves[-1].detach().exp(), batches, rng, second_order=False)
-    samples = generator(theta, noise(1, settings.samples, rng))[0].detach()[0].cpu()
-    for i, image in enumerate(samples):
-        write_picture(out / f"sample-{i:03}.png", Image.fromarray(((image.view(28, 28) + 1) * 127.5).byte().numpy()))
-    columns = max(4, math.ceil(math.sqrt(settings.samples)))
-    write_picture(out / "samples.png", grid_image(samples, columns, 3))
-    print(f"adapted to {shots} images of {dataset.name} in {settings.steps} steps; {settings.samples} samples in {out}")
-
-
-def slug(text):
-    """A spec as a part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "domain"
-
-
 def claim_folder(out, overwrite):
-    """Make the output folder and be sure that it can be written and that nobody's results are in it."""
-    taken = [name for name in ("checkpoint.pt", "report.json", "samples.png") if (out / name).exists()]
+    """Make the output folder; be sure that it can be written to and that no other run's results are in it."""
+    taken = [name for name in ("checkpoint.pt", "report.json", "samples.png") if os.path.exists(out / name)]
     if taken and not overwrite:
-        raise UserError(f"{out} already holds a run ({taken[0]}); go on with it by --resume, replace it by --overwrite, or choose another --out")
+        raise UserError(f"{out} holds a run already ({taken[0]}): continue it with --resume, replace it with --overwrite, or choose another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1013,165 +874,224 @@ def claim_folder(out, overwrite):
     (out / ".writable").unlink()
 
 
-# ------------------------------------------------------------------------------------------------------------------
+def is_phase(value):
+    return isinstance(value, dict) and "optimizers" in value
+
+
+def save_run(run, out):
+    """checkpoint.pt, of tensors and primitives only, and log.csv."""
+    packed = {name: {**value, "optimizers": [adam.state_dict() for adam in value["optimizers"]], "rng": value["rng"].get_state(),
+                     "leaves": [t.detach() for t in value["leaves"]]} if is_phase(value) else value for name, value in run.items()}
+    buffer, text = io.BytesIO(), io.StringIO(newline="")
+    torch.save(packed, buffer)
+    write_whole(out / "checkpoint.pt", buffer.getvalue())
+    table = csv.DictWriter(text, run["log"][0] if run["log"] else ["step"])
+    table.writeheader()
+    table.writerows(run["log"])
+    write_whole(out / "log.csv", text.getvalue().encode())
+
+
+def load_run(folder, device):
+    """The run of a checkpoint, its phases ready to go on. Raises UserError for anything that is not one."""
+    path = Path(folder) / "checkpoint.pt" if os.path.isdir(folder) else Path(folder)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    shapes = [shape for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for k, n in zip(sizes, sizes[1:]) for shape in ((n, k), (n,))]
+    try:
+        run = torch.load(path, map_location=device, weights_only=True)      # a stranger's file cannot run code
+        settings = argparse.Namespace(**run["settings"])
+        for name, saved in [(name, value) for name, value in run.items() if is_phase(value)]:
+            flat = saved["leaves"]
+            if [t.shape for t in flat[:16]] != shapes or (name == "meta-training") != (len(flat) == 17):
+                raise ValueError("other networks than MT-GAN's")
+            phase = run[name] = {**saved, **new_phase(flat[:16], 0, settings if len(flat) == 17 else None)}
+            phase.update({key: saved[key] for key in ("step", "skipped", "in_a_row", "average")})
+            phase["leaves"][-1].data.copy_(flat[-1])
+            phase["rng"].set_state(saved["rng"].cpu())
+            for adam, state in zip(phase["optimizers"], saved["optimizers"], strict=True):
+                adam.load_state_dict(state)
+    except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
+        raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error)[:80]})") from error
+    return run
+
+
+def deploy(settings, device):
+    """Adapt a trained initialisation to K images of a user's domain; write samples.png and every sample as a PNG."""
+    run, spec = load_run(settings.adapt, device), settings.target[0]
+    if "meta-training" not in run:
+        raise UserError(f"{settings.adapt} has not come to meta-training yet; finish it with --resume")
+    data, rng = load_dataset(spec, settings.data_dir), torch.Generator(device).manual_seed(settings.seed)
+    shots = settings.shots or min(25, len(data.images))
+    if shots > len(data.images):
+        raise UserError(f"--shots {shots}, but '{spec}' has {len(data.images)} image(s)")
+    folder = Path(settings.adapt) if os.path.isdir(settings.adapt) else Path(settings.adapt).parent
+    out = Path(settings.out or folder / f"adapted-{slug(spec)}")
+    claim_folder(out, settings.overwrite)
+    to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
+    support = to_float(torch.from_numpy(data.images)[torch.randperm(len(data.images), generator=rng, device=device)[:shots].cpu()])
+    sources = [to_float(images) for images in run["source images"]]
+    *_, (_, samples) = few_shot(run["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
+    for i, image in enumerate(samples[0]):
+        write_picture(out / f"sample-{i:03}.png", torchvision.transforms.functional.to_pil_image((image.view(1, 28, 28) + 1) / 2))
+    write_picture(out / "samples.png", grid_picture(samples[0], math.ceil(math.sqrt(settings.samples)), 3))
+    print(f"{settings.steps} steps on {shots} images of {data.name}; {settings.samples} samples are in {out}")
+
+
+def slug(text):
+    """A spec as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "domain"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # 8  Command line
-# ------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 
-INTERRUPTED = []            # not empty once Ctrl-C was pressed
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a number in [low, high]."""
+def number(kind, low, high):
+    """An argparse type: a number from low to high."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
         return value
     return parse
 
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("mtgan.py", description="Meta-train a GAN over pairs of image domains, test it on held-out pairs, deploy it.",
-                                     epilog="A domain is mnist, fashion, kmnist, emnist, qmnist, usps, digits, garments or a folder of images; "
-                                            "':0-6,9' after it picks classes.", allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message} (see --help)"))
-    whole, real = (lambda *ends: number(int, *ends)), (lambda *ends: number(float, *ends))
-    option = parser.add_argument
-    # what to learn from, and where to put it
-    option("--source", nargs="+", default=["mnist"], metavar="SPEC", help="source domains (default mnist)")
-    option("--target", nargs="+", default=["fashion"], metavar="SPEC", help="target domains (default fashion)")
-    option("--data-dir", default="data", help="where torchvision datasets are, or are downloaded to (default data)")
-    option("--out", help="output folder (default runs/<source>-<target>)")
-    option("--resume", action="store_true", help="go on with the run in --out")
-    option("--overwrite", action="store_true", help="replace the run in --out")
-    option("--dry-run", action="store_true", help="everything once, tiny, under a minute")
+                                     epilog="SPEC: mnist, fashion, kmnist, emnist, qmnist, usps, the built-in digits and garments, or a folder of "
+                                            "images; mnist:0-6,9 is some classes of it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def refuse(message):
+        raise UserError(f"{message} (--help lists all options)")
+
+    parser.error, option = refuse, parser.add_argument
+    option("--source", nargs="+", default=["mnist"], metavar="SPEC", help="source domains")
+    option("--target", nargs="+", default=["fashion"], metavar="SPEC", help="target domains")
+    option("--data-dir", default="data", help="where torchvision's datasets are, or are downloaded to")
+    option("--out", help="where results go (default: runs/<source>-<target>)")
+    option("--resume", action="store_true", help="continue the run in --out")
+    option("--overwrite", action="store_true", help="replace what is in --out")
+    option("--dry-run", action="store_true", help="everything once, tiny, in under a minute")
+    option("--seed", type=number(int, 0, 2**31), default=0)
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    option("--kernel", choices=("auto", "torch", "triton"), default="auto", help="what computes the linear layers")
+    option("--save-seconds", type=number(float, 0, math.inf), default=30, help="time from one checkpoint to the next")
     # the episode
-    option("--shots", type=whole(1, 1000), help="support images of a task (default 25)")
-    option("--inner-steps", type=whole(1, 100), default=5, help="inner steps on the support (default 5)")
-    option("--source-steps", type=whole(0, 100), default=1, help="inner steps on the source domain before them (default 1)")
-    option("--inner-lr", type=real(1e-6, MAX_RATE), default=0.1, help="inner learning rates to begin with (default 0.1)")
-    # meta-training
+    option("--shots", type=number(int, 1, 1000), help="support images of a task (default: 25)")
+    option("--inner-steps", type=number(int, 1, 100), default=5, help="inner steps on the support")
+    option("--source-steps", type=number(int, 0, 100), default=1, help="inner steps on the source domain, before those")
+    option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="inner learning rates, before they are learned")
+    # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
-    option("--score", choices=("energy", "adversarial"), default="energy", help="what the outer loss is (default energy)")
-    option("--warm-steps", type=whole(0, 10**7), default=6000, help="ordinary GAN training before meta-training (default 6000)")
-    option("--meta-steps", type=whole(1, 10**7), default=500, help="episodes of meta-training (default 500)")
-    option("--meta-batch", type=whole(1, 64), default=4, help="tasks in an episode (default 4)")
-    option("--meta-lr", type=real(1e-8, 1), default=2e-4, help="outer learning rate (default 2e-4)")
-    # testing, and the machine
-    option("--test-seeds", type=whole(1, 100), default=2, help="draws of support images per held-out pair (default 2)")
-    option("--seed", type=whole(0, 2**31), default=0)
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default auto)")
-    option("--kernel", choices=("auto", "torch", "triton"), default="auto", help="how linear layers are computed (default auto)")
-    option("--save-seconds", type=real(0), default=30, help="time between checkpoints (default 30)")
+    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss")
+    option("--warm-steps", type=number(int, 0, 10**7), default=6000, help="steps of ordinary GAN training to start from")
+    option("--meta-steps", type=number(int, 1, 10**7), default=500, help="episodes of meta-training")
+    option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode")
+    option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate")
+    option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing")
     # deployment
-    option("--adapt", metavar="RUN", help="deploy: adapt this run or checkpoint to --target")
-    option("--samples", type=whole(1, 999), default=64, help="how many images to generate (default 64)")
-    option("--steps", type=whole(1, 10000), default=20, help="inner steps on the user's images (default 20)")
+    option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
+    option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate")
+    option("--steps", type=number(int, 1, 10000), default=20, help="how many inner steps on the user's images")
     settings = parser.parse_args(argv)
-    if settings.adapt and len(settings.target) != 1:
-        raise UserError("--adapt takes one --target")
     if settings.resume and settings.overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    settings.queries, settings.tune_tasks, settings.classifier_steps = QUERIES, 6, 500
-    if not settings.adapt:
-        settings.shots = settings.shots or 25
-        if settings.dry_run:
-            settings.overwrite |= settings.out is None
-            settings.warm_steps, settings.meta_steps, settings.meta_batch, settings.test_seeds = 20, 3, 2, 1
-            settings.shots, settings.tune_tasks, settings.classifier_steps = min(settings.shots, 10), 2, 60
-        name = "-".join(slug(spec) for spec in [*settings.source, *settings.target])
-        settings.out = settings.out or ("runs/dry-run" if settings.dry_run else f"runs/{name}")
+        refuse("--resume and --overwrite exclude each other")
+    if settings.adapt:
+        return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
+    settings.shots, settings.queries, settings.test_steps = settings.shots or 25, QUERIES, list(TEST_STEPS)
+    settings.tune_tasks, settings.classifier_steps = 6, 500
+    if settings.dry_run:
+        settings.overwrite |= settings.out is None and not settings.resume
+        settings.out, settings.shots, settings.test_steps = settings.out or "runs/dry-run", min(settings.shots, 10), [0, 1, 2, 5]
+        settings.warm_steps, settings.meta_steps, settings.meta_batch, settings.test_seeds = 20, 3, 2, 1
+        settings.tune_tasks, settings.classifier_steps = 2, 60
+    settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
 
 
-def pick_device(name):
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-        return device
-    except Exception as error:
-        raise UserError(f"device '{name}' is not available here; try --device cpu") from error
-
-
 def check_enough_images(domains, settings):
-    """Every class must hold the images that its role takes, else say which does not; fewer queries are made do with."""
-    for c in domains.roles["train"][1]:
-        settings.queries = min(settings.queries, int(domains.count[c]) - settings.shots)
-    for role, spare in (("train", 2), ("test", 4)):     # an energy distance needs two query images, a covariance two and two
-        for c in {c for classes in domains.roles[role] for c in classes}:
-            if domains.count[c] < settings.shots + spare:
-                raise UserError(f"--shots {settings.shots}, but '{domains.names[c]}' has {int(domains.count[c])} images; "
-                                f"it takes {spare} beside the support, so --shots {max(1, int(domains.count[c]) - spare)} at most")
-
-
-FREE_ON_RESUME = {"out", "resume", "overwrite", "data_dir", "device", "kernel", "save_seconds", "test_seeds", "adapt", "samples", "steps"}
+    """Refuse more shots than the classes have images; make do with fewer query images."""
+    for role, spare in (("train", 2), ("test", 4)):         # an energy distance takes two queries, two covariances four images
+        for c in {*domains.roles[role][0], *domains.roles[role][1]}:
+            left = int(domains.count[c]) - settings.shots
+            if left < spare:
+                raise UserError(f"--shots {settings.shots}, but '{domains.names[c]}' has {settings.shots + left} image(s), "
+                                f"and {spare} more than the shots are needed to score with")
+            settings.queries = min(settings.queries, left) if role == "train" else settings.queries
 
 
 def whole_story(settings, device):
-    """Prepare domains, meta-train, meta-test, and write everything that DESIGN promises to settings.out."""
+    """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
     out, began = Path(settings.out), time.perf_counter()
-    run = load_run(out, device) if settings.resume else None
-    if run:
-        changed = [k for k, v in vars(settings).items() if k not in FREE_ON_RESUME and run["settings"].get(k) != v]
-        changed = [k for k in changed if k != "queries"]
-        if changed:
-            k = changed[0]
-            raise UserError(f"{out} was begun with --{k.replace('_', '-')} {run['settings'].get(k)}, not {getattr(settings, k)}; give the same settings to --resume")
-    else:
-        claim_folder(out, settings.overwrite)
+    run = load_run(out, device) if settings.resume else claim_folder(out, settings.overwrite)
     domains = load_domains(settings.source, settings.target, settings.data_dir, device)
     check_enough_images(domains, settings)
-    if run and run["names"] != domains.names:
-        raise UserError(f"{out} was begun with other images ({run['names'][0]} ...), now found {domains.names[0]} ...")
-    names = "; ".join(dict.fromkeys(name.rsplit(" ", 1)[0] for name in domains.names))
-    if not run:
-        rng = torch.Generator(device).manual_seed(settings.seed + 7)
-        sources = torch.tensor(domains.roles["train"][0], device=device)
-        keep = lambda: sample_images(domains, sources[torch.randint(len(sources), (1,), generator=rng, device=device)], settings.shots, rng)
-        run = {"settings": vars(settings), "names": domains.names, "domains": names, "log": [],
-               "source images": [((keep()[0] + 1) * 127.5).byte() for _ in range(settings.source_steps)]}
+    if run:
+        may_change = {"out", "resume", "overwrite", "data_dir", "device", "kernel", "save_seconds", "test_seeds"}
+        for key in vars(settings).keys() - may_change:
+            if run["settings"].get(key) != getattr(settings, key):
+                raise UserError(f"{out} was begun with {key} = {run['settings'].get(key)}, not {getattr(settings, key)}; --resume takes the same settings")
+        if (run["names"], run["count"]) != (domains.names, domains.count.tolist()):
+            raise UserError(f"{out} was begun with other images, of {run['domains']}")
+    else:
+        rng = torch.Generator(device).manual_seed(settings.seed)
+        sources = sample_pairs(domains, settings.source_steps, rng)[:, 0]
+        run = {"domains": " and ".join(dict.fromkeys(name.rsplit(" ", 1)[0] for name in domains.names)), "names": domains.names,
+               "count": domains.count.tolist(), "log": [],
+               "source images": ((sample_images(domains, sources, settings.shots, rng) + 1) * 127.5).round().byte()}
     run["settings"] = vars(settings)
     save = lambda: save_run(run, out)
-    handler = signal.signal(signal.SIGINT, lambda *_: (INTERRUPTED.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
-    try:
-        train(run, domains, settings, save)
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, lambda *_: (INTERRUPTED.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
+    train(run, domains, settings, save)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    classifier = new_classifier(len(domains.names)).to(device)
     if "classifier" not in run:
-        show("training the classifier that judges generated images", False)
-    classifier = train_classifier(domains, settings.classifier_steps, settings.seed)
+        show("training the classifier that judges the images")
+        classifier, run["accuracy"] = train_classifier(domains, settings.classifier_steps, settings.seed)
+        run["classifier"] = classifier.state_dict()
+        save()
+    classifier.load_state_dict(run["classifier"])
     pairs, results, film, chosen = meta_test(run, domains, settings, classifier)
-    print(f"\n{names}: {len(pairs)} held-out pairs × {settings.test_seeds} test seeds, {settings.shots} shots; mean ± half the 95 % interval")
-    print_tables(results)
-    report = {"settings": vars(settings), "domains": names, "held_out": sorted({domains.names[c] for pair in pairs.tolist() for c in pair}),
-              "classifier_accuracy": classifier[2], "chosen_learning_rates": chosen, "seconds": time.perf_counter() - began, "results": results}
+    print(f"\n{run['domains']}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
+    print_tables(results, settings.test_steps)
+    seconds = time.perf_counter() - began
+    report = {"settings": vars(settings), "domains": run["domains"], "held_out_pairs": [[domains.names[c] for c in pair] for pair in pairs.tolist()],
+              "classifier_accuracy": run["accuracy"], "learning_rates": chosen, "seconds": seconds, "results": results}
     write_whole(out / "report.json", json.dumps(report, indent=1).encode())
-    write_picture(out / "adaptation.png", filmstrip(pairs, film, domains))
-    rows = [(domains.names[t], [grid_image(film["MT-GAN", TEST_STEPS[-1]][i], 8, 2)]) for i, (_, t) in enumerate(pairs.tolist())]
-    write_picture(out / "samples.png", table_image(rows, [f"MT-GAN after {TEST_STEPS[-1]} steps"]))
-    print(f"\nwrote checkpoint.pt, log.csv, report.json, adaptation.png and samples.png to {out} in {report['seconds']:.0f} s")
+    draw_results(pairs, film, domains.names, settings.test_steps, out)
+    print(f"\n{out}: checkpoint.pt, log.csv, report.json, adaptation.png, samples.png, in {seconds:.0f} s")
 
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     global KERNEL
-    INTERRUPTED.clear()
     settings = None
+    INTERRUPTED.clear()
     try:
         settings = parse_arguments(argv)
         KERNEL, device = settings.kernel, pick_device(settings.device)
         deploy(settings, device) if settings.adapt else whole_story(settings, device)
-        return 0
     except UserError as error:
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "" if settings is None or settings.adapt else f"; go on with: the same command and --resume (saved in {settings.out})"
-        print(f"\ninterrupted{again}", file=sys.stderr)
+        saved = settings and not settings.adapt and os.path.exists(Path(settings.out) / "checkpoint.pt")
+        print("\ninterrupted" + f"; the same command with --resume continues from {settings.out}" * bool(saved), file=sys.stderr)
         return 130
+    return 0
+
+
+def pick_device(name):
+    """The device of that name, 'auto' being a GPU where there is one. Raises UserError where it cannot be used."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=device)
+    except Exception as error:
+        raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
+    return device
 
 
 if __name__ == "__main__":
