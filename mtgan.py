@@ -48,14 +48,10 @@ GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baseli
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
 INTERRUPTED = []            # not empty once Ctrl-C was pressed
 
-
 class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 1  Domains: a spec string becomes images; a domain is one class of them
-# ----------------------------------------------------------------------------------------------------------------------
+# 1  Domains: a spec string becomes images; a domain is one class of them -----------------------------------------------
 
 TRAIN_TEST = ({"train": True}, {"train": False})
 TORCHVISION = {             # spec: (torchvision class, its arguments for each part, the built-in that stands in for it)
@@ -66,14 +62,13 @@ TORCHVISION = {             # spec: (torchvision class, its arguments for each p
     "qmnist": (torchvision.datasets.QMNIST, TRAIN_TEST, "digits"),
     "usps": (torchvision.datasets.USPS, TRAIN_TEST, "digits"),
 }
-
+BUILT_IN = ("digits", "garments")
 
 class Dataset(NamedTuple):
     name: str
     images: np.ndarray      # uint8 [n, 784], bright strokes on 0
     labels: np.ndarray      # int [n]
     classes: list           # what label c is called
-
 
 def load_dataset(spec, data_dir):
     """The images and labels of a spec: a dataset, a built-in or a folder, and perhaps classes of it, as in `mnist:0-6,9`.
@@ -85,7 +80,7 @@ def load_dataset(spec, data_dir):
     if name in TORCHVISION:
         data = load_torchvision(name, data_dir)
     elif name in BUILT_IN:
-        data = BUILT_IN[name]()
+        data = draw_built_in(name)
     elif os.path.isdir(name):
         data = load_folder(name)
     else:
@@ -99,7 +94,6 @@ def load_dataset(spec, data_dir):
         raise UserError(f"'{spec}': {data.name} has the classes 0 to {len(data.classes) - 1}")
     keep = np.isin(data.labels, classes)
     return Dataset(data.name, data.images[keep], np.searchsorted(classes, data.labels[keep]), [data.classes[c] for c in classes])
-
 
 def load_torchvision(name, data_dir):
     """All parts of a torchvision dataset, from data_dir or the network, else the built-in that stands in for it."""
@@ -115,7 +109,7 @@ def load_torchvision(name, data_dir):
         except Exception as reason:
             print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({str(reason).splitlines()[0]}).\n"
                   f"WARNING: the built-in '{stand_in}' stands in for it, and every result says so.", file=sys.stderr)
-            return BUILT_IN[stand_in]()._replace(name=f"{stand_in} (stand-in for {name})")
+            return draw_built_in(stand_in)._replace(name=f"{stand_in} (stand-in for {name})")
         finally:
             socket.setdefaulttimeout(None)
     images, labels = (np.concatenate([np.asarray(getattr(part, what)) for part in loaded]) for what in ("data", "targets"))
@@ -127,7 +121,6 @@ def load_torchvision(name, data_dir):
         images = np.stack([Image.fromarray(image).resize((28, 28), Image.BICUBIC) for image in images])
     classes = getattr(loaded[0], "classes", range(10))
     return Dataset(name, images.reshape(-1, PIXELS), labels.astype(int), [str(c).split(" - ")[0] for c in classes])
-
 
 def load_folder(folder):
     """Every image below a folder, its sub-folders being the classes; unreadable image files are skipped and counted."""
@@ -148,7 +141,6 @@ def load_folder(folder):
         raise UserError(f"there is no readable image in '{folder}'")
     return Dataset(str(folder), np.stack(images), np.array(labels), classes)
 
-
 def read_image(path):
     """An image file of any size and mode as uint8 [784]: upright, grey, square, bright on dark as MNIST is."""
     with Image.open(path) as image:
@@ -167,34 +159,6 @@ def read_image(path):
     square.paste(Image.fromarray(np.uint8(grey)), ((side - width) // 2, (side - height) // 2))
     return np.asarray(square.resize((28, 28), Image.LANCZOS)).reshape(PIXELS)       # Pillow antialiases as it shrinks
 
-
-def warp(images, angle, log_scale, shear, shift):
-    """Turn, scale, slant and shift images [T, n, h, w], all n of a task alike; what comes from outside is 0  # [T, n, 28, 28]
-
-    angle in radians and shear [T]; log_scale and shift, in half widths, [2, T].
-    """
-    cos, sin, (sx, sy) = angle.cos(), angle.sin(), log_scale.exp()
-    matrix = torch.stack([cos * sx, (shear - sin) * sy, shift[0], sin * sx, cos * sy, shift[1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, (len(images), 1, 28, 28), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
-
-
-def draw_digits(each=400):
-    """Built-in domain: ten digits in Pillow's own font, every image with its own stroke width, slant, size and place."""
-    rng, font = torch.Generator().manual_seed(0), ImageFont.load_default(44)
-    glyphs = torch.zeros(10, 4, 56, 56)         # digit, stroke width, y, x
-    for digit, stroke in np.ndindex(10, 4):
-        canvas = Image.new("L", (56, 56))
-        ImageDraw.Draw(canvas).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=stroke)
-        glyphs[digit, stroke] = torch.from_numpy(np.array(canvas)) / 255
-    labels = torch.arange(10).repeat_interleave(each)
-    chosen = glyphs[labels, torch.randint(4, labels.shape, generator=rng)].unsqueeze(1)
-    u = torch.rand(7, len(labels), generator=rng) * 2 - 1
-    images = warp(chosen, 0.35 * u[0], 0.25 * u[1:3], 0.35 * u[3], 0.2 * u[4:6])
-    images = images.clamp(0, 1) ** u[6].mul(0.5).exp().view(-1, 1, 1, 1)            # contrast
-    return Dataset("digits", (images * 255).byte().numpy().reshape(-1, PIXELS), labels.numpy(), [str(d) for d in range(10)])
-
-
 GARMENTS = {                # an outline's points: x right of the middle, y down, in image widths; mirrored where x starts at 0
     "t-shirt": [(0, .14), (.12, .1), (.44, .24), (.37, .42), (.27, .36), (.27, .9)],
     "trousers": [(0, .06), (.22, .06), (.3, .95), (.1, .95), (0, .32)],
@@ -208,25 +172,27 @@ GARMENTS = {                # an outline's points: x right of the middle, y down
     "boot": [(-.42, .92), (-.4, .76), (-.04, .64), (0, .06), (.34, .06), (.36, .62), (.42, .92)],
 }
 
-
-def draw_garments(each=400):
-    """Built-in domain: ten silhouettes, every image with its own proportions, outline, place and shading."""
-    rng, images = np.random.default_rng(0), []
+def draw_built_in(name, each=400):
+    """Ten digits in Pillow's own font, or ten silhouettes: every image with its own stroke or outline, slant, size, place and light."""
+    rng, font, images = np.random.default_rng(0), ImageFont.load_default(84), []
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
-    for outline in GARMENTS.values():
-        points = np.array(outline + ([] if outline[0][0] else [(-x, y) for x, y in reversed(outline)]))
+    classes = list(GARMENTS if name == "garments" else "0123456789")
+    for label in classes:
+        outline = GARMENTS.get(label, [(0, 0)])
+        points = np.array(outline if outline[0][0] else outline + [(-x, y) for x, y in reversed(outline)])
         for _ in range(each):
-            corners = (points + rng.normal(0, .018, points.shape) - (0, .5)) * rng.uniform(.72, 1.05, 2) + .5 + rng.uniform(-.06, .06, 2)
-            canvas = Image.new("L", (112, 112))
-            ImageDraw.Draw(canvas).polygon([tuple(c) for c in corners * 112], 255)
-            stripes = rng.uniform(0, .12) * np.cos(rng.uniform(3, 20) * (x if rng.random() < .5 else y))
-            light = rng.uniform(.4, 1) + rng.uniform(-.25, .25) * x + rng.uniform(-.25, .25) * y + stripes
-            images.append(np.uint8(np.asarray(canvas.reduce(4)) * light.clip(.15, 1)))
-    return Dataset("garments", np.stack(images).reshape(-1, PIXELS), np.arange(10).repeat(each), list(GARMENTS))
-
-
-BUILT_IN = {"digits": draw_digits, "garments": draw_garments}
-
+            canvas, light = Image.new("L", (112, 112)), 1
+            if name == "digits":
+                ImageDraw.Draw(canvas).text((56, 56), label, 255, font, anchor="mm", stroke_width=rng.integers(7))
+            else:
+                ImageDraw.Draw(canvas).polygon([*map(tuple, (points + rng.normal(0, .018, points.shape)) * 112 + (56, 0))], 255)
+                stripes = rng.uniform(0, .12) * np.cos(rng.uniform(3, 20) * (x if rng.random() < .5 else y))
+                light = (rng.uniform(.4, 1) + rng.uniform(-.25, .25) * x + rng.uniform(-.25, .25) * y + stripes).clip(.15, 1)
+            matrix = np.diag(rng.uniform(.95, 1.4, 2)) + rng.uniform(-.15, .15, (2, 2))
+            shift = 56 - matrix @ (56 + rng.uniform(-8, 8, 2))
+            canvas = canvas.transform(canvas.size, Image.AFFINE, [*matrix[0], shift[0], *matrix[1], shift[1]], Image.BILINEAR)
+            images.append(np.uint8(np.asarray(canvas.reduce(4)) * light))
+    return Dataset(name, np.stack(images).reshape(-1, PIXELS), np.arange(10).repeat(each), classes)
 
 class Domains(NamedTuple):
     """All images of a run, on the device, sorted by class, and which classes are for what."""
@@ -235,7 +201,6 @@ class Domains(NamedTuple):
     count: torch.Tensor     # int64 [C], how many images it has
     names: list             # 'mnist 7'
     roles: dict             # 'train' or 'test' -> (source classes, target classes)
-
 
 def load_domains(source_specs, target_specs, data_dir, device):
     """Load every spec once; the last classes of each are held out, from whatever other spec they are in as well.
@@ -261,7 +226,6 @@ def load_domains(source_specs, target_specs, data_dir, device):
     count = torch.tensor([len(images[name]) for name in names], device=device)
     return Domains(torch.from_numpy(np.concatenate(list(images.values()))).to(device), count.cumsum(0) - count, count, names, roles)
 
-
 def sample_images(domains, classes, n, rng):
     """n different images of each of the classes [T], as floats in [-1, 1]  # [T, n, 784]"""
     lots = torch.rand(len(classes), int(domains.count.max()), generator=rng, device=rng.device)
@@ -269,13 +233,21 @@ def sample_images(domains, classes, n, rng):
     index = domains.first[classes].unsqueeze(1) + lots.masked_fill(beyond, 2).topk(n, largest=False).indices
     return domains.images[index] / 127.5 - 1
 
-
 def sample_pairs(domains, n, rng):
     """n random pairs of a source class and another class, the target, for meta-training  # int64 [n, 2]"""
     sources, targets = domains.roles["train"]
     pairs = torch.tensor([(s, t) for s in sources for t in targets if s != t], device=rng.device)
     return pairs[torch.randint(len(pairs), (n,), generator=rng, device=rng.device)]
 
+def warp(images, angle, log_scale, shear, shift):
+    """Turn, scale, slant and shift images [T, n, h, w], all n of a task alike; what comes from outside is 0  # [T, n, 28, 28]
+
+    angle in radians and shear [T]; log_scale and shift, in half widths, [2, T].
+    """
+    cos, sin, (sx, sy) = angle.cos(), angle.sin(), log_scale.exp()
+    matrix = torch.stack([cos * sx, (shear - sin) * sy, shift[0], sin * sx, cos * sy, shift[1]], 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, (len(images), 1, 28, 28), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 def new_domain(images, other, rng):
     """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
@@ -294,7 +266,6 @@ def new_domain(images, other, rng):
     gamma = torch.where(u[10] < 0.3, torch.exp(1.5 * u[11] - 0.75), 1)
     return images.pow(gamma).view(tasks, n, PIXELS) * 2 - 1
 
-
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     """The images of T tasks, given as (source class, target class) pairs [T, 2].
 
@@ -309,10 +280,7 @@ def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
         images = new_domain(images, sample_images(domains, other, shots + queries, rng), rng)
     return sources, images[:, :shots], images[:, shots:]
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 2  Networks: pure functions of their parameters
-# ----------------------------------------------------------------------------------------------------------------------
+# 2  Networks: pure functions of their parameters -----------------------------------------------------------------------
 
 class Layer(NamedTuple):
     """A linear layer and what it remembers of its inner steps, equation (4): W' = W + deltasᵀ inputs, b' = b + Σ deltas."""
@@ -321,12 +289,10 @@ class Layer(NamedTuple):
     inputs: torch.Tensor = None     # X [T, r, K]: r rows, a row for each image of each step
     deltas: torch.Tensor = None     # Δ [T, r, N]
 
-
 def init_network(sizes, rng):
     """Layers with weights and biases uniform in ±1/sqrt(inputs), PyTorch's own default for a linear layer."""
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
-
 
 def network(layers, x, slope, probes=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them.
@@ -344,7 +310,6 @@ def network(layers, x, slope, probes=None, dropout=0.0, rng=None):
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
     return x, inputs
 
-
 def correction(x, layer, probe):
     """What the remembered steps add to a layer's pre-activation, equation (4): (x Xᵀ + 1) Δ  # [T, B, N]"""
     if layer.inputs is None:
@@ -352,18 +317,15 @@ def correction(x, layer, probe):
     attention = x @ layer.inputs.mT + 1     # [T, B, r]
     return attention @ layer.deltas if probe is None else torch.baddbmm(probe, attention, layer.deltas)
 
-
 def generator(theta, z, probes=None):
     """Noise z [T, B, 100] -> images in [-1, 1] [T, B, 784], and every layer's input."""
     x, inputs = network(theta, z, 0.0, probes)
     return x.tanh(), inputs
 
-
 def discriminator(phi, x, probes=None, dropout=0.0, rng=None):
     """Images [T, B, 784] -> logits [T, B], positive where D thinks them real, and every layer's input."""
     x, inputs = network(phi, x, 0.2, probes, dropout, rng)
     return x.squeeze(-1), inputs
-
 
 def remember(layers, inputs, deltas):
     """The layers after one more step: memory grows by the step's rows, until plain weights are cheaper.
@@ -379,18 +341,15 @@ def remember(layers, inputs, deltas):
         adapted.append(fold(layer) if x.shape[1] * (n + k) > n * k else layer)
     return adapted
 
-
 def fold(layer):
     """Write a layer's memory into weights of the task's own: W + Δᵀ X  # [T, N, K]"""
     if layer.inputs is None:
         return layer
     return Layer(layer.weight + layer.deltas.mT @ layer.inputs, layer.bias + layer.deltas.sum(1))
 
-
 def detach(layers):
     """The same layers, as constants."""
     return [Layer(*(None if t is None else t.detach() for t in layer)) for layer in layers]
-
 
 def players(leaves):
     """Theta and phi as layers of the parameters in `leaves`: G's weights and biases in order, then D's."""
@@ -398,29 +357,22 @@ def players(leaves):
     layers = [Layer(weight, bias) for weight, bias in zip(leaves[:g + d:2], leaves[1:g + d:2])]
     return layers[:g // 2], layers[g // 2:]
 
-
 def tensors(*networks):
     """The inverse of `players`: all weights and biases in order."""
     return [t for layers in networks for layer in layers for t in (layer.weight, layer.bias)]
 
-
 def noise(tasks, n, rng):
     return torch.randn(tasks, n, NOISE, generator=rng, device=rng.device)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3  The game (Goodfellow et al. 2014), and a score that cannot be talked out of anything
-# ----------------------------------------------------------------------------------------------------------------------
+# 3  The game (Goodfellow et al. 2014), and a score that cannot be talked out of anything -------------------------------
 
 def loss_d(real_logits, fake_logits):
     """The discriminator's loss, equation (1), per task: softplus keeps it finite where log(sigmoid) is not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
 
-
 def loss_g(fake_logits):
     """The generator's non-saturating loss, equation (1), per task  # [T]"""
     return F.softplus(-fake_logits).mean(-1)
-
 
 def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, 784] and y [T, m, 784]  # [T]
@@ -432,10 +384,7 @@ def energy_distance(x, y):
     n, m = x.shape[1], y.shape[1]
     return 2 * distance(x, y) / (n * m) - distance(x, x) / (n * (n - 1)) - distance(y, y) / (m * (m - 1))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 4  Inner loop: the one place where an initialisation is adapted
-# ----------------------------------------------------------------------------------------------------------------------
+# 4  Inner loop: the one place where an initialisation is adapted -------------------------------------------------------
 
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
@@ -456,7 +405,6 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
                            lambda images: loss_g(discriminator(judge, images)[0]))
     return theta, phi
 
-
 def inner_step(layers, rates, x, second_order, player, loss):
     """One gradient step of one player on loss(player(x)), in the dual form of equation (4).
 
@@ -470,10 +418,7 @@ def inner_step(layers, rates, x, second_order, player, loss):
         inputs = [t.detach() for t in inputs]
     return remember(layers, inputs, [-rate * g for rate, g in zip(rates, gradients)])
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 5  Meta-training
-# ----------------------------------------------------------------------------------------------------------------------
+# 5  Meta-training ------------------------------------------------------------------------------------------------------
 
 def outer_loss(theta, phi, query, score, rng):
     """How good adapted players are, on images that they have not seen  # [T]
@@ -487,7 +432,6 @@ def outer_loss(theta, phi, query, score, rng):
         return energy_distance(fake, query)
     d = loss_d(discriminator(phi, query)[0], discriminator(phi, fake.detach())[0])
     return d + loss_g(discriminator(detach(phi), fake)[0])
-
 
 def meta_gradient(leaves, batches, query, algorithm, score, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
@@ -504,7 +448,6 @@ def meta_gradient(leaves, batches, query, algorithm, score, rng):
         return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, ends)], torch.zeros_like(rates)]
     return loss.detach(), grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-
 def new_phase(flat, seed, settings=None):
     """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
 
@@ -520,7 +463,6 @@ def new_phase(flat, seed, settings=None):
             "optimizers": [torch.optim.Adam(group, betas=(0.5, 0.999), fused=True) for group in groups],
             "rng": torch.Generator(flat[0].device).manual_seed(seed)}
 
-
 def update(optimizer, leaves, gradients, clip=math.inf):
     """An optimiser's step with gradients of at most this norm; False, and nothing happens, where they are not finite."""
     norm = torch.nn.utils.get_total_norm(gradients)
@@ -530,7 +472,6 @@ def update(optimizer, leaves, gradients, clip=math.inf):
         leaf.grad = gradient * (clip / norm) if norm > clip else gradient
     optimizer.step()
     return True
-
 
 def gan_step(phase, real):
     """A step of D and one of G, on real images [T, B, 784]; returns whether all was finite, and the losses."""
@@ -543,7 +484,6 @@ def gan_step(phase, real):
     finite &= update(adam_g, tensors(theta), grad(g, tensors(theta)))
     return finite, {"D": d.item(), "G": g.item()}
 
-
 def pretraining_step(phase, domains, augment):
     """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
     rng = phase["rng"]
@@ -552,7 +492,6 @@ def pretraining_step(phase, domains, augment):
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
     return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS))
-
 
 def meta_step(phase, domains, settings):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average."""
@@ -567,7 +506,6 @@ def meta_step(phase, domains, settings):
         torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
     rates = leaves[-1].detach().exp().flatten().tolist()
     return finite, {"loss": loss.item(), **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
-
 
 def run_phase(run, name, total, step, save):
     """Call step(phase) until `total` steps are done: show, log, save, and stop where the user or the numbers say so."""
@@ -593,13 +531,11 @@ def run_phase(run, name, total, step, save):
         if INTERRUPTED and not last:
             raise KeyboardInterrupt
 
-
 def show(line, last=False):
     """Progress on stderr: one line written over and over on a terminal, plain lines elsewhere."""
     terminal = sys.stderr.isatty()
     line = "\r\x1b[K" + line[:os.get_terminal_size(2).columns - 1] if terminal else line
     print(line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
-
 
 def train(run, domains, settings, save):
     """All training, each phase from where it stands: the warm start, two baselines that go on from it, and meta-training.
@@ -618,10 +554,7 @@ def train(run, domains, settings, save):
             run[name] = new_phase(run["warm start"]["leaves"] if i else random_start, settings.seed + i, settings if step is episode else None)
         run_phase(run, name, steps, step, save)
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done
-# ----------------------------------------------------------------------------------------------------------------------
+# 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
 
 def few_shot(leaves, sources, support, n, rng, test_steps):
     """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784])."""
@@ -632,7 +565,6 @@ def few_shot(leaves, sources, support, n, rng, test_steps):
         theta, phi = adapt(theta, phi, rates, [support] * (steps - before), rng, second_order=False)
         yield steps, generator(theta, noise(len(support), n, rng))[0]
 
-
 def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     """The same of a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
     phase = new_phase([t.expand(len(support), *t.shape) for t in leaves], seed)
@@ -642,7 +574,6 @@ def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
         for real in [*sources, *[support] * steps][before + len(sources):]:
             gan_step(phase, real)
         yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"]))[0].detach()
-
 
 def without_a_gan(support, n, rng):
     """What a sceptic tries first with the support [T, K, 784]; yields (name, n 'samples' [T, n, 784])."""
@@ -657,14 +588,12 @@ def without_a_gan(support, n, rng):
     yield "pairwise mix", share * pick() + (1 - share) * pick()
     yield f"Gaussian on {components} components", (mean + weights @ directions[:, :components]).clamp(-1, 1)
 
-
 def new_classifier(classes):
     """A small CNN: images [n, 784] -> features [n, 64] -> logits [n, classes]."""
     nn = torch.nn
     features = nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
                              nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
     return nn.Sequential(features, nn.Linear(64, classes))
-
 
 def train_classifier(domains, steps, seed):
     """The judge of generated images, which trains nothing: tells all classes apart, held-out ones as well.
@@ -685,7 +614,6 @@ def train_classifier(domains, steps, seed):
         right = classifier(domains.images[order[:tenth]] / 127.5 - 1).argmax(-1) == labels[order[:tenth]]
     return classifier, right.double().mean().item()
 
-
 def frechet_distance(a, b):
     """Fréchet distance of the Gaussians fitted to features a [n, d] and b [m, d]: |μa - μb|² + tr(A + B - 2 (A B)^½).
 
@@ -699,7 +627,6 @@ def frechet_distance(a, b):
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).clamp(min=0).item()
-
 
 @torch.no_grad()
 def judge_samples(samples, test, targets, classifier):
@@ -718,7 +645,6 @@ def judge_samples(samples, test, targets, classifier):
                         "recognised": (classifier[1](seen).argmax(-1) == target).double().mean().item()})
     return results
 
-
 def held_out_pairs(domains, seed):
     """Every pair of held-out classes, or TEST_PAIRS of them, drawn so that every target has its turn  # int64 [T, 2]"""
     sources, targets = domains.roles["test"]
@@ -727,13 +653,11 @@ def held_out_pairs(domains, seed):
     turns = [order[i] for i in range(len(sources)) for order in orders if i < len(order)]
     return torch.tensor(sorted(turns[:TEST_PAIRS], key=lambda pair: pair[::-1]), device=domains.images.device)
 
-
 def draw_test(domains, pairs, settings, rng, augment=False):
     """Source batches and support of T tasks, and two equally large sets of other target images, fresh and reference."""
     n = min(500, (min(int(domains.count[c]) for c in pairs[:, 1]) - settings.shots) // 2)
     sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
     return sources, support, rest[:, :n], rest[:, n:]
-
 
 def choose_rates(leaves, domains, settings, classifier):
     """A baseline's best learning rate for every number of steps, on made-up domains of the *meta-training* classes."""
@@ -744,7 +668,6 @@ def choose_rates(leaves, domains, settings, classifier):
         for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], settings.seed, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
-
 
 def meta_test(run, domains, settings, classifier):
     """Every method on every held-out pair and test seed, on the same images.
@@ -783,13 +706,11 @@ def meta_test(run, domains, settings, classifier):
                         record(method, steps, samples)
     return pairs, results, film, chosen
 
-
 def interval(values):
     """The mean and half its 95 % confidence interval; Student's t by its Cornish-Fisher expansion, good from 4 values on."""
     n = max(2, len(values))
     t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2
     return np.mean(values), t * np.std(values) / math.sqrt(n - 1)
-
 
 def print_tables(results, test_steps):
     """The three metrics: a row for each method, a column for each number of steps, mean ± half the 95 % interval."""
@@ -802,13 +723,11 @@ def print_tables(results, test_steps):
             cells = ["{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits) for values in columns if values]
             print(f"{method:24}" + "".join(f"{cell:>14}" for cell in cells))
 
-
 def grid_picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1], enlarged, as one picture."""
     grid = torchvision.utils.make_grid((images.view(-1, 1, 28, 28) + 1) / 2, columns, padding=1, pad_value=0.25)
     picture = torchvision.transforms.functional.to_pil_image(grid.clamp(0, 1)).convert("L")
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST)
-
 
 def table_picture(rows, headers):
     """Rows of (label, pictures), a header over every column, on white."""
@@ -823,7 +742,6 @@ def table_picture(rows, headers):
             canvas.paste(picture, (left + width * j, top + height * i))
     return canvas
 
-
 def draw_results(pairs, film, names, test_steps, out):
     """adaptation.png: every held-out domain (six at most) adapted to step by step, with transfer below; and samples.png."""
     place = {target: i for i, (_, target) in reversed(list(enumerate(pairs.tolist())))}
@@ -834,10 +752,7 @@ def draw_results(pairs, film, names, test_steps, out):
     rows = [(names[target], [grid_picture(film["MT-GAN", test_steps[-1]][i], 16, 2)]) for target, i in sorted(place.items())]
     write_picture(out / "samples.png", table_picture(rows, [f"MT-GAN, {test_steps[-1]} steps"]))
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7  Files, and deployment: adapt to a user's images, generate
-# ----------------------------------------------------------------------------------------------------------------------
+# 7  Files, and deployment: adapt to a user's images, generate ----------------------------------------------------------
 
 def write_whole(path, data):
     """Write bytes under a temporary name, then rename: whoever reads `path` finds the old file or the new one, whole."""
@@ -854,12 +769,10 @@ def write_whole(path, data):
         finally:
             raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
 
-
 def write_picture(path, picture):
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     write_whole(path, buffer.getvalue())
-
 
 def claim_folder(out, overwrite):
     """Make the output folder; be sure that it can be written to and that no other run's results are in it."""
@@ -873,10 +786,8 @@ def claim_folder(out, overwrite):
     write_whole(out / ".writable", b"")
     (out / ".writable").unlink()
 
-
 def is_phase(value):
     return isinstance(value, dict) and "optimizers" in value
-
 
 def save_run(run, out):
     """checkpoint.pt, of tensors and primitives only, and log.csv."""
@@ -889,7 +800,6 @@ def save_run(run, out):
     table.writeheader()
     table.writerows(run["log"])
     write_whole(out / "log.csv", text.getvalue().encode())
-
 
 def load_run(folder, device):
     """The run of a checkpoint, its phases ready to go on. Raises UserError for anything that is not one."""
@@ -914,7 +824,6 @@ def load_run(folder, device):
         raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error)[:80]})") from error
     return run
 
-
 def deploy(settings, device):
     """Adapt a trained initialisation to K images of a user's domain; write samples.png and every sample as a PNG."""
     run, spec = load_run(settings.adapt, device), settings.target[0]
@@ -936,15 +845,11 @@ def deploy(settings, device):
     write_picture(out / "samples.png", grid_picture(samples[0], math.ceil(math.sqrt(settings.samples)), 3))
     print(f"{settings.steps} steps on {shots} images of {data.name}; {settings.samples} samples are in {out}")
 
-
 def slug(text):
     """A spec as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "domain"
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 8  Command line
-# ----------------------------------------------------------------------------------------------------------------------
+# 8  Command line -------------------------------------------------------------------------------------------------------
 
 def number(kind, low, high):
     """An argparse type: a number from low to high."""
@@ -957,7 +862,6 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
         return value
     return parse
-
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("mtgan.py", description="Meta-train a GAN over pairs of image domains, test it on held-out pairs, deploy it.",
@@ -1011,7 +915,6 @@ def parse_arguments(argv):
     settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
 
-
 def check_enough_images(domains, settings):
     """Refuse more shots than the classes have images; make do with fewer query images."""
     for role, spare in (("train", 2), ("test", 4)):         # an energy distance takes two queries, two covariances four images
@@ -1021,7 +924,6 @@ def check_enough_images(domains, settings):
                 raise UserError(f"--shots {settings.shots}, but '{domains.names[c]}' has {settings.shots + left} image(s), "
                                 f"and {spare} more than the shots are needed to score with")
             settings.queries = min(settings.queries, left) if role == "train" else settings.queries
-
 
 def whole_story(settings, device):
     """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
@@ -1064,7 +966,6 @@ def whole_story(settings, device):
     draw_results(pairs, film, domains.names, settings.test_steps, out)
     print(f"\n{out}: checkpoint.pt, log.csv, report.json, adaptation.png, samples.png, in {seconds:.0f} s")
 
-
 def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     global KERNEL
@@ -1083,7 +984,6 @@ def main(argv=None):
         return 130
     return 0
 
-
 def pick_device(name):
     """The device of that name, 'auto' being a GPU where there is one. Raises UserError where it cannot be used."""
     try:
@@ -1092,7 +992,6 @@ def pick_device(name):
     except Exception as error:
         raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
     return device
-
 
 if __name__ == "__main__":
     sys.exit(main())

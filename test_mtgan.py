@@ -1,0 +1,717 @@
+"""Tests of MT-GAN: every fast path against a slow one, every gradient against float64 finite differences.
+
+    pytest test_mtgan.py
+"""
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"        # must be set before anything imports triton, as torchvision does
+
+import json
+import math
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.nn.functional as F
+from PIL import Image
+
+import kernels
+import mtgan
+
+HERE = Path(__file__).parent
+TINY = ["--source", "digits:0-5", "--target", "garments:0-2", "--dry-run"]     # 4 x 2 pairs to train on, 2 held out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Gradients: the dual form against explicit weights, and both against finite differences
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of a few units in float64, and an episode for them: leaves, batches, query."""
+    monkeypatch.setattr(mtgan, "NOISE", 3)
+    monkeypatch.setattr(mtgan, "FAKES", 4)
+    monkeypatch.setattr(mtgan, "GENERATOR_SIZES", (3, 16, 14, 12, 7))
+    monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (7, 14, 12, 16, 1))
+    torch.set_default_dtype(torch.float64)
+    rng = torch.Generator().manual_seed(3)
+    leaves = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
+    rates = torch.log(0.2 + 0.3 * torch.rand(2, 4, generator=rng))
+    leaves = [(1.5 * t).requires_grad_() for t in leaves] + [rates.requires_grad_()]
+    source, support, query = (torch.rand(2, n, 7, generator=rng) * 2 - 1 for n in (5, 5, 6))
+    yield leaves, [source, support, support], query
+    torch.set_default_dtype(torch.float32)
+
+
+def mlp(weights, x, slope):
+    """The explicit form: a network of plain weights, for one task."""
+    for i in range(0, len(weights), 2):
+        x = x @ weights[i].T + weights[i + 1]
+        x = F.leaky_relu(x, slope) if i + 2 < len(weights) else x
+    return x
+
+
+def explicit_episode(leaves, batches, query, score, seed, create_graph=True, alias=True, frozen=None, record=None):
+    """Slow reference of an episode: explicit weights, one task after the other, no dual form; the mean outer loss.
+
+    alias=False makes the classic mistake: inner gradients with respect to tensors that earlier steps depend on.
+    record: a list that gets what each step showed to the opponent; frozen: such a list, shown instead, as constants.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    noises = [mtgan.noise(len(query), mtgan.FAKES, rng) for _ in range(2 * len(batches))] + [mtgan.noise(len(query), query.shape[1], rng)]
+    alpha = leaves[-1].exp().repeat_interleave(2, 1)
+    shown = iter(frozen or ())
+    losses = []
+
+    def show(value):
+        if record is not None:
+            record.append([t.detach() for t in value])
+        return next(shown) if frozen else value
+
+    for t in range(len(query)):
+        theta, phi = leaves[:8], leaves[8:16]
+        for k, real in enumerate(batches):
+            [fake] = show([mlp(theta, noises[2 * k][t], 0).tanh()])
+            mine = [p.clone() for p in phi] if alias else phi
+            loss = mtgan.loss_d(mlp(mine, real[t], 0.2)[:, 0], mlp(mine, fake, 0.2)[:, 0])
+            phi = [p - a * g for p, a, g in zip(phi, alpha[1], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
+            judge = show(phi)
+            mine = [p.clone() for p in theta] if alias else theta
+            loss = mtgan.loss_g(mlp(judge, mlp(mine, noises[2 * k + 1][t], 0).tanh(), 0.2)[:, 0])
+            theta = [p - a * g for p, a, g in zip(theta, alpha[0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
+        fake = mlp(theta, noises[-1][t], 0).tanh()
+        if score == "energy":
+            losses.append(mtgan.energy_distance(fake[None], query[t][None])[0])
+        else:
+            [other], judge = show([fake]), show(phi)
+            losses.append(mtgan.loss_d(mlp(phi, query[t], 0.2)[:, 0], mlp(phi, other, 0.2)[:, 0]) + mtgan.loss_g(mlp(judge, fake, 0.2)[:, 0]))
+    return torch.stack(losses).mean()
+
+
+def meta_gradient(small, algorithm="maml", score="energy"):
+    leaves, batches, query = small
+    return mtgan.meta_gradient(leaves, batches, query, algorithm, score, torch.Generator().manual_seed(5))
+
+
+def relative(a, b):
+    flat = lambda v: torch.cat([t.detach().flatten() for t in v])
+    return ((flat(a) - flat(b)).norm() / flat(b).norm()).item()
+
+
+GROUPS = {"theta": slice(0, 8), "phi": slice(8, 16), "rates": slice(16, 17)}
+
+
+@pytest.mark.parametrize("score", ["energy", "adversarial"])
+def test_meta_gradient_is_that_of_finite_differences(small, score):
+    leaves, batches, query = small
+    _, gradient = meta_gradient(small, score=score)
+    frozen = None
+    if score == "adversarial":      # each player differentiates through its own steps only: hold what the opponent shows
+        explicit_episode(leaves, batches, query, score, 5, record=(frozen := []))
+    value = lambda point: explicit_episode(point, batches, query, score, 5, create_graph=False, frozen=frozen).item()
+    for group, part in GROUPS.items():
+        slopes, expected = [], []
+        for trial in range(8):
+            rng = torch.Generator().manual_seed(trial)
+            direction = [torch.zeros_like(t) for t in leaves]
+            direction[part] = [torch.randn(t.shape, generator=rng) for t in leaves[part]]
+            h = 1e-5 / math.sqrt(sum(d.square().sum() for d in direction))
+            ends = [value([(t + sign * h * d).detach().requires_grad_() for t, d in zip(leaves, direction)]) for sign in (1, -1)]
+            slopes.append((ends[0] - ends[1]) / (2 * h))
+            expected.append(sum((g * d).sum() for g, d in zip(gradient, direction)).item())
+        slopes, expected = torch.tensor(slopes), torch.tensor(expected)
+        assert expected.norm() > 1e-4, group
+        assert (slopes - expected).norm() / expected.norm() < 1e-6, group
+
+
+@pytest.mark.parametrize("score", ["energy", "adversarial"])
+def test_second_order_is_not_first_order(small, score):
+    _, second = meta_gradient(small, "maml", score)
+    _, first = meta_gradient(small, "fomaml", score)
+    for group, part in GROUPS.items():
+        assert relative(first[part], second[part]) > 0.01, group
+
+
+def test_dual_form_is_the_explicit_form(small):
+    leaves, batches, query = small
+    loss, gradient = meta_gradient(small)
+    expected = explicit_episode(leaves, batches, query, "energy", 5)
+    assert abs(loss - expected) < 1e-12
+    assert relative(gradient, torch.autograd.grad(expected, leaves)) < 1e-12
+
+
+@pytest.mark.parametrize("score", ["energy", "adversarial"])
+def test_first_order_is_the_explicit_first_order(small, score):
+    leaves, batches, query = small
+    _, gradient = meta_gradient(small, "fomaml", score)
+    frozen = None
+    if score == "adversarial":
+        explicit_episode(leaves, batches, query, score, 5, record=(frozen := []))
+    expected = torch.autograd.grad(explicit_episode(leaves, batches, query, score, 5, create_graph=False, frozen=frozen), leaves,
+                                   allow_unused=True, materialize_grads=True)
+    assert relative(gradient, expected) < 1e-12
+
+
+def test_inner_gradients_are_partial(small):
+    """Reusing the fake batch and the parameters of earlier steps un-aliased is another, wrong, gradient; ours is not it."""
+    leaves, batches, query = small
+    wrong = explicit_episode(leaves, batches, query, "energy", 5, alias=False)
+    right = explicit_episode(leaves, batches, query, "energy", 5)
+    loss, _ = meta_gradient(small)
+    assert abs(wrong - right) > 1e-4 and abs(loss - right) < 1e-12
+
+
+def test_reptile_moves_towards_the_adapted_weights(small):
+    leaves, batches, query = small
+    _, gradient = meta_gradient(small, "reptile")
+    theta, phi = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches, torch.Generator().manual_seed(5))
+    ends = mtgan.tensors(*([mtgan.fold(layer) for layer in layers] for layers in (theta, phi)))
+    assert relative(gradient[:16], [start - end.mean(0) for start, end in zip(leaves, ends)]) < 1e-12
+    assert gradient[16].abs().max() == 0
+
+
+def test_memory_folds_into_weights_where_those_are_cheaper(small):
+    leaves, batches, _ = small
+    theta, _ = mtgan.players(leaves)
+    shapes = [layer.weight.shape for layer in theta]
+    adapted, _ = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:1], torch.Generator().manual_seed(5))
+    folded, _ = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches * 4, torch.Generator().manual_seed(5))
+    assert [layer.inputs is None for layer in adapted] == [4 * (n + k) > n * k for n, k in shapes]
+    assert all(layer.inputs is None or layer.inputs.shape[1] * sum(shape) <= math.prod(shape) for layer, shape in zip(folded, shapes))
+    assert any(layer.inputs is None for layer in folded) and any(layer.inputs is not None for layer in adapted)
+    z = mtgan.noise(2, 5, torch.Generator().manual_seed(1))
+    same = mtgan.generator([mtgan.fold(layer) for layer in adapted], z)[0]
+    assert (mtgan.generator(adapted, z)[0] - same).abs().max() < 1e-12
+
+
+def test_float32_meta_gradient_at_full_size():
+    """The published networks in float32 against the same episode in float64."""
+    rng = torch.Generator().manual_seed(0)
+    leaves = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
+    leaves = [*leaves, torch.full((2, 4), math.log(0.1))]
+    support, query = torch.rand(2, 5, 784, generator=rng) * 2 - 1, torch.rand(2, 6, 784, generator=rng) * 2 - 1
+    gradients = []
+    noise = mtgan.noise
+    for dtype in (torch.float32, torch.float64):
+        cast = lambda t: t.to(dtype)
+        mtgan.noise = lambda *args: cast(noise(*args))
+        try:
+            gradients.append(mtgan.meta_gradient([cast(t).requires_grad_() for t in leaves], [cast(support)] * 2, cast(query), "maml", "energy",
+                                                 torch.Generator().manual_seed(1))[1])
+        finally:
+            mtgan.noise = noise
+    assert relative(*gradients) < 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks, losses, metrics
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_published_networks():
+    rng = torch.Generator().manual_seed(0)
+    theta, phi = mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng)
+    assert [tuple(layer.weight.shape) for layer in theta] == [(256, 100), (512, 256), (1024, 512), (784, 1024)]
+    assert [tuple(layer.weight.shape) for layer in phi] == [(1024, 784), (512, 1024), (256, 512), (1, 256)]
+    assert sum(t.numel() for t in mtgan.tensors(theta)) == 1_486_352
+    assert sum(t.numel() for t in mtgan.tensors(phi)) == 1_460_225
+    images, _ = mtgan.generator(theta, mtgan.noise(2, 3, rng))
+    logits, _ = mtgan.discriminator(phi, images)
+    assert images.shape == (2, 3, 784) and images.abs().max() <= 1 and logits.shape == (2, 3)
+    one, other = (mtgan.discriminator(phi, images, dropout=0.3, rng=rng)[0] for _ in range(2))
+    assert not torch.equal(one, other)
+    many = torch.stack([mtgan.network(phi[:2], images, 0.2, dropout=0.3, rng=rng)[1][1] for _ in range(500)])
+    assert torch.allclose(many.mean(0), F.leaky_relu(F.linear(images, *phi[0][:2]), 0.2), atol=0.1)
+
+
+def test_losses_stay_finite():
+    logits = torch.tensor([-1e4, 0.0, 1e4], requires_grad=True)
+    for loss in (mtgan.loss_d(logits, logits), mtgan.loss_g(logits)):
+        assert loss.isfinite() and torch.autograd.grad(loss, logits)[0].isfinite().all()
+    assert mtgan.loss_g(torch.zeros(2, 3)).allclose(torch.full((2,), math.log(2)))
+    assert mtgan.loss_d(torch.zeros(2, 3), torch.zeros(2, 3)).allclose(torch.full((2,), 2 * math.log(2)))
+
+
+def test_energy_distance():
+    x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 4, 3).double()
+    mean = lambda a, b, same: sum((p - q).norm() for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)) / (len(a) * (len(b) - same))
+    expected = [2 * mean(a, b, 0) - mean(a, a, 1) - mean(b, b, 1) for a, b in zip(x, y)]
+    assert torch.allclose(mtgan.energy_distance(x, y), torch.stack(expected))
+    rng = torch.Generator().manual_seed(0)
+    draws = torch.cat([mtgan.energy_distance(*torch.randn(2, 500, 20, 3, generator=rng)) for _ in range(4)])
+    assert abs(draws.mean()) < 3 * draws.std() / math.sqrt(len(draws))      # unbiased: zero in the mean for one distribution
+    far = mtgan.energy_distance(torch.randn(1, 20, 3, generator=rng), torch.randn(1, 20, 3, generator=rng) + 3)
+    assert far > 1
+
+
+def whitened(n, d, seed):
+    """n points whose sample mean is 0 and whose sample covariance is the identity."""
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).double()
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+
+
+def test_frechet_distance():
+    a, b = whitened(50, 4, 0), whitened(60, 4, 1)
+    s, r, shift = torch.tensor([1.0, 2, 3, 0.5]).double(), torch.tensor([2.0, 1, 3, 1]).double(), torch.tensor([1.0, 0, 0, 2]).double()
+    closed = (shift.square().sum() + (s - r).square().sum()).item()
+    distance = mtgan.frechet_distance(a * s, b * r + shift)
+    assert abs(distance - closed) < 1e-9
+    assert mtgan.frechet_distance(a * s, a * s) < 1e-9
+    assert abs(mtgan.frechet_distance(b * r + shift, a * s) - closed) < 1e-9
+    turn = torch.linalg.qr(torch.randn(4, 4).double()).Q
+    assert abs(mtgan.frechet_distance((a * s) @ turn + 5, (b * r + shift) @ turn + 5) - closed) < 1e-9
+    assert abs(mtgan.frechet_distance(3 * a * s, 3 * (b * r + shift)) - 9 * closed) < 1e-8
+    mixing = torch.randn(4, 4).double()                                     # covariances that do not commute
+    cov_a, cov_b = torch.diag(s**2), mixing @ mixing.T
+    expected = (cov_a.trace() + cov_b.trace() - 2 * torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()).item()
+    assert abs(mtgan.frechet_distance(a * s, b @ mixing.T) - expected) < 1e-9
+    assert mtgan.frechet_distance(torch.full((3, 2), math.nan), a) == math.inf
+
+
+def test_interval():
+    values = [1.0, 2.0, 4.0, 7.0, 11.0, 3.0, 2.0, 5.0, 6.0, 9.0]
+    mean, half = mtgan.interval(values)
+    assert mean == 5 and abs(half - 2.2622 * np.std(values, ddof=1) / math.sqrt(10)) < 0.01
+
+
+def test_rows_without_a_gan():
+    support = torch.rand(2, 25, 784) * 2 - 1
+    rows = dict(mtgan.without_a_gan(support, 30, torch.Generator().manual_seed(0)))
+    assert list(rows) == ["mean image", "support repeated", "pairwise mix", "Gaussian on 8 components"]
+    assert all(x.shape == (2, 30, 784) and x.abs().max() <= 1 for x in rows.values())
+    assert torch.cdist(rows["support repeated"], support).amin(-1).max() < 0.1
+    assert torch.allclose(rows["mean image"][0, 3], support[0].mean(0))
+    assert len(dict(mtgan.without_a_gan(support[:, :1], 5, torch.Generator()))) == 4
+
+
+def test_judging_samples():
+    rng = torch.Generator().manual_seed(0)
+    support, fresh, reference = (torch.rand(1, 40, 784, generator=rng) for _ in range(3))
+    classifier = mtgan.new_classifier(3)
+    judge = lambda samples: mtgan.judge_samples(samples, (None, support, fresh, reference), [0], classifier)[0]
+    assert judge(support)["nearest"] < 1e-3 and abs(judge(fresh)["nearest"] - 1) < 1e-5
+    assert judge(reference)["frechet"] < 1e-6 < judge(torch.zeros(1, 40, 784))["frechet"]
+    labels = classifier(fresh[0]).argmax(-1)
+    assert abs(judge(fresh)["recognised"] - (labels == 0).double().mean()) < 1e-9
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Domains
+# ----------------------------------------------------------------------------------------------------------------------
+
+def numbered_domains(classes=8, each=40):
+    """Domains in which every image carries its own number, so that an image can be recognised."""
+    number = np.arange(classes * each)
+    images = np.zeros((len(number), 784), np.uint8)
+    images[:, 0], images[:, 1] = number // 250, number % 250
+    count = torch.full((classes,), each)
+    roles = {"train": [[0, 1, 2], [3, 4, 5]], "test": [[6], [7]]}
+    return mtgan.Domains(torch.from_numpy(images), count.cumsum(0) - count, count, [f"d {c}" for c in range(classes)], roles)
+
+
+def numbers_of(images):
+    pixels = (images[..., :2] + 1) * 127.5
+    return (pixels[..., 0].round() * 250 + pixels[..., 1].round()).long()
+
+
+def test_support_and_query_are_disjoint_and_of_their_class():
+    domains, rng = numbered_domains(), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        pairs = mtgan.sample_pairs(domains, 4, rng)
+        sources, support, query = mtgan.sample_episode(domains, pairs, 10, 30, 2, rng, augment=False)
+        assert len(sources) == 2 and support.shape == (4, 10, 784) and query.shape == (4, 30, 784)
+        for i, (source, target) in enumerate(pairs.tolist()):
+            both = torch.cat([numbers_of(support)[i], numbers_of(query)[i]])
+            assert len(both.unique()) == 40 and (both // 40 == target).all()
+            assert all((numbers_of(batch)[i] // 40 == source).all() and len(numbers_of(batch)[i].unique()) == 10 for batch in sources)
+
+
+def test_images_are_drawn_evenly():
+    domains, rng = numbered_domains(), torch.Generator().manual_seed(0)
+    drawn = torch.cat([numbers_of(mtgan.sample_images(domains, torch.tensor([2]), 10, rng)).flatten() for _ in range(800)]) - 80
+    frequency = drawn.bincount(minlength=40)
+    assert len(frequency) == 40 and frequency.min() > 130 and frequency.max() < 270
+
+
+def test_a_new_domain_is_one_change_for_all_its_images():
+    rng = torch.Generator().manual_seed(0)
+    digits = mtgan.draw_built_in("digits", 2)
+    image = torch.from_numpy(digits.images[8:9]) / 127.5 - 1
+    same = image.expand(60, 5, 784)
+    made = mtgan.new_domain(same, same, rng)
+    assert made.shape == same.shape and made.min() >= -1 and made.max() <= 1
+    assert (made - made[:, :1]).abs().max() < 1e-5                          # alike within a task
+    assert len({tuple(task[0].mul(50).round().tolist()) for task in made}) > 40     # unlike between tasks
+    mixed = mtgan.new_domain(torch.full((300, 10, 784), -1.0), torch.ones(300, 10, 784), rng)
+    share = (mixed.amax(-1) > 0).double().mean(1)
+    assert 0.15 < (share > 0).double().mean() < 0.45 and ((share > 0) & (share < 1)).any()
+
+
+def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
+    drawn = set()
+    sample, test = mtgan.sample_images, mtgan.meta_test
+    monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, *rest: drawn.update(classes.tolist()) or sample(domains, classes, *rest))
+
+    def stop(run, domains, *rest):
+        train, held_out = (set(sum(domains.roles[role], [])) for role in ("train", "test"))
+        assert drawn and drawn <= train and not drawn & held_out and len(held_out) == 3 and len(train) == 6
+        raise mtgan.UserError("seen enough")
+
+    monkeypatch.setattr(mtgan, "meta_test", stop)
+    monkeypatch.setattr(mtgan, "train_classifier", lambda domains, *rest: (mtgan.new_classifier(len(domains.names)), 1.0))
+    assert mtgan.main([*TINY, "--out", str(tmp_path)]) == 2
+
+
+def test_a_class_held_out_in_one_spec_is_held_out_in_all():
+    domains = mtgan.load_domains(["digits"], ["digits:0-6"], "", torch.device("cpu"))
+    train, test = (set(sum(domains.roles[role], [])) for role in ("train", "test"))
+    assert test == {5, 6, 7, 8, 9} and train == {0, 1, 2, 3, 4} and len(domains.names) == 10
+
+
+def test_held_out_pairs_give_every_target_its_turn():
+    domains = numbered_domains(20)._replace(roles={"train": [[0], [1]], "test": [list(range(10)), list(range(10, 20))]})
+    pairs = mtgan.held_out_pairs(domains, 0)
+    assert pairs.shape == (12, 2) and set(pairs[:, 1].tolist()) == set(range(10, 20)) and len(set(map(tuple, pairs.tolist()))) == 12
+    assert torch.equal(pairs, mtgan.held_out_pairs(domains, 0)) and not torch.equal(pairs, mtgan.held_out_pairs(domains, 1))
+
+
+@pytest.mark.parametrize("name", ["digits", "garments"])
+def test_built_ins_take_more_than_one_image_a_class_to_tell(name):
+    data = mtgan.draw_built_in(name, 60)
+    assert data.images.shape == (600, 784) and data.images.dtype == np.uint8 and len(data.classes) == 10
+    x, y = torch.from_numpy(data.images).float(), torch.from_numpy(data.labels)
+    accuracy = {}
+    for shots in (1, 30):
+        known = torch.cat([torch.where(y == c)[0][:shots] for c in range(10)])
+        rest = torch.cat([torch.where(y == c)[0][30:] for c in range(10)])
+        accuracy[shots] = (y[known][torch.cdist(x[rest], x[known]).argmin(1)] == y[rest]).double().mean()
+    assert accuracy[1] < 0.8 and accuracy[30] > accuracy[1] + 0.1 and accuracy[30] > 0.6
+    assert np.array_equal(data.images, mtgan.draw_built_in(name, 60).images)
+
+
+def test_class_lists():
+    data = mtgan.load_dataset("digits:7,0-2", "")
+    assert data.classes == ["0", "1", "2", "7"] and set(data.labels) == {0, 1, 2, 3} and len(data.images) == 1600
+
+
+def write_idx(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + b"".join(int(n).to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes())
+
+
+def write_mnist(root, each=12, classes=10):
+    rng = np.random.default_rng(0)
+    labels = np.arange(classes).repeat(each)
+    images = rng.integers(0, 256, (len(labels), 28, 28))
+    images[:, 0, 1] = labels
+    for part in ("train", "t10k"):
+        write_idx(root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte", images)
+        write_idx(root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte", labels)
+
+
+def test_torchvision_datasets_are_read(tmp_path):
+    write_mnist(tmp_path)
+    data = mtgan.load_dataset("mnist:0-6,9", tmp_path)
+    assert data.name == "mnist" and data.classes == ["0", "1", "2", "3", "4", "5", "6", "9"] and len(data.images) == 2 * 8 * 12
+    assert (data.images[:, 1] == np.array([0, 1, 2, 3, 4, 5, 6, 9])[data.labels]).all()
+    for part in ("train", "test"):
+        write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-balanced-{part}-images-idx3-ubyte", np.arange(784).reshape(1, 28, 28) % 256)
+        write_idx(tmp_path / "EMNIST" / "raw" / f"emnist-balanced-{part}-labels-idx1-ubyte", np.array([46]))
+    data = mtgan.load_dataset("emnist", tmp_path)
+    assert len(data.classes) == 47 and data.images.reshape(-1, 28, 28)[0, 3, 0] == 3       # turned upright
+
+
+def test_image_folders(tmp_path):
+    stroke = np.zeros((40, 20), np.uint8)
+    stroke[10:30, 8:12] = 255
+    (tmp_path / "a" / "deep").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    dark = Image.fromarray(stroke)
+    dark.save(tmp_path / "a" / "dark.png")
+    Image.fromarray(255 - stroke).convert("RGB").save(tmp_path / "a" / "deep" / "light.jpg", quality=95)
+    Image.fromarray(255 - stroke).convert("1").save(tmp_path / "a" / "bit.png")
+    Image.fromarray(255 - stroke).convert("P").save(tmp_path / "b" / "palette.gif")
+    Image.merge("LA", (Image.new("L", dark.size, 0), dark)).save(tmp_path / "b" / "black-on-clear.png")
+    Image.merge("RGBA", (*[Image.new("L", dark.size, 255)] * 3, dark)).save(tmp_path / "b" / "white-on-clear.png")
+    Image.fromarray(stroke.astype(np.uint16) * 256).save(tmp_path / "b" / "sixteen.png")
+    Image.fromarray(np.asarray(dark.rotate(90, expand=True))).save(tmp_path / "turned.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0", quality=95)
+    (tmp_path / "b" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing")
+    (tmp_path / "b" / "notes.txt").write_text("not an image")
+    data = mtgan.load_dataset(str(tmp_path), "")
+    assert data.classes == ["a", "b", tmp_path.name] and data.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2]
+    for image in data.images.reshape(-1, 28, 28).astype(int):
+        assert image[14, 14] > 200 and image[14, 2] < 40 and image[1, 14] < 40 and image[9, 14] > 128 and image[14, 9] < 60
+    assert mtgan.load_dataset(f"{tmp_path}:1", "").classes == ["b"]
+
+
+def test_skipped_images_are_counted(tmp_path, capsys):
+    Image.new("L", (9, 9)).save(tmp_path / "good.png")
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    assert len(mtgan.load_dataset(str(tmp_path), "").images) == 1
+    assert "skipped 1 unreadable image" in capsys.readouterr().err
+
+
+def test_without_network_the_stand_in_says_so(tmp_path, monkeypatch, capsys):
+    class Unreachable:
+        def __init__(self, root, download=False, **part):
+            raise OSError("timed out") if download else RuntimeError("Dataset not found. You can use download=True to download it")
+
+    monkeypatch.setitem(mtgan.TORCHVISION, "mnist", (Unreachable, ({},), "digits"))
+    data = mtgan.load_dataset("mnist:0-3", tmp_path)
+    assert data.name == "digits (stand-in for mnist)" and len(data.classes) == 4
+    assert "WARNING" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole program
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished dry run."""
+    out = tmp_path_factory.mktemp("finished")
+    assert mtgan.main([*TINY, "--out", str(out)]) == 0
+    return out
+
+
+def test_dry_run_writes_everything(finished):
+    assert sorted(p.name for p in finished.iterdir()) == ["adaptation.png", "checkpoint.pt", "log.csv", "report.json", "samples.png"]
+    report = json.loads((finished / "report.json").read_text())
+    assert report["settings"]["shots"] == 10 and report["domains"] == "digits and garments" and 0.5 < report["classifier_accuracy"] <= 1
+    assert report["held_out_pairs"] == [["digits 4", "garments pullover"], ["digits 5", "garments pullover"]]
+    methods = {result["method"] for result in report["results"]}
+    assert methods == {"real images", "mean image", "support repeated", "pairwise mix", "Gaussian on 8 components", "MT-GAN", "from scratch",
+                       "transfer", "transfer augmented"}
+    for method in ("MT-GAN", "from scratch", "transfer", "transfer augmented"):
+        rows = [r for r in report["results"] if r["method"] == method]
+        assert sorted(r["steps"] for r in rows) == [0, 0, 1, 1, 2, 2, 5, 5]
+    assert set(report["results"][0]) == {"method", "seed", "source", "target", "steps", "frechet", "nearest", "recognised"}
+    assert all(math.isfinite(r["frechet"]) and 0 <= r["recognised"] <= 1 for r in report["results"])
+    assert set(report["learning_rates"]) == {"from scratch", "transfer", "transfer augmented"}
+    lines = (finished / "log.csv").read_text().splitlines()
+    assert lines[0].startswith("step,loss,rate_G0") and lines[1].startswith("3,") and lines[1].endswith("digits and garments")
+    for name in ("adaptation.png", "samples.png"):
+        pixels = np.asarray(Image.open(finished / name))
+        assert min(pixels.shape) >= 100 and pixels.std() > 20
+
+
+def test_a_seed_determines_everything(finished, tmp_path):
+    assert mtgan.main([*TINY, "--out", str(tmp_path)]) == 0
+    one, two = (json.loads((folder / "report.json").read_text())["results"] for folder in (finished, tmp_path))
+    assert one == two
+    assert mtgan.main([*TINY, "--out", str(tmp_path), "--overwrite", "--seed", "1"]) == 0
+    assert one != json.loads((tmp_path / "report.json").read_text())["results"]
+
+
+def parameters(folder):
+    run = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return [t for name in ("warm start", "transfer", "transfer augmented", "meta-training") for t in run[name]["leaves"] + run[name]["average"]]
+
+
+TRAIN_ONLY = "import sys, mtgan; mtgan.meta_test = lambda *a: sys.exit(7); sys.exit(mtgan.main(sys.argv[1:]))"
+
+
+def start(folder, *more):
+    command = [sys.executable, "-c", TRAIN_ONLY, *TINY, "--save-seconds", "0", "--out", str(folder), *more]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_is_bit_identical(finished, tmp_path):
+    """Interrupt once, kill three times at whatever moment; what comes out has the bits of the run that nobody touched."""
+    for attempt, (signal_sent, wait) in enumerate(((signal.SIGINT, 0.2), (signal.SIGKILL, 0.7), (signal.SIGKILL, 0.4), (signal.SIGKILL, 1.1))):
+        before = (tmp_path / "checkpoint.pt").stat().st_mtime_ns if attempt else 0
+        process = start(tmp_path, *["--resume"] * (attempt > 0))
+        while process.poll() is None and not ((tmp_path / "checkpoint.pt").exists() and (tmp_path / "checkpoint.pt").stat().st_mtime_ns > before):
+            time.sleep(0.02)
+        time.sleep(wait)
+        process.send_signal(signal_sent)
+        _, err = process.communicate()
+        if signal_sent == signal.SIGINT:
+            assert process.returncode == 130 and "--resume" in err, err
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)                   # whole at any moment
+    process = start(tmp_path, "--resume")
+    _, err = process.communicate()
+    assert process.returncode == 7, err
+    assert all(torch.equal(a, b) for a, b in zip(parameters(tmp_path), parameters(finished), strict=True))
+    assert [line.split(",")[0] for line in (tmp_path / "log.csv").read_text().splitlines()] == ["step", "3"]
+
+
+def test_deploying_to_a_folder(finished, tmp_path, capsys):
+    data = mtgan.draw_built_in("garments", 3)
+    (tmp_path / "mine").mkdir()
+    for i, image in enumerate(data.images[::3]):
+        Image.fromarray(image.reshape(28, 28)).save(tmp_path / "mine" / f"{i}.png")
+    command = ["--adapt", str(finished), "--target", str(tmp_path / "mine"), "--shots", "4", "--samples", "5", "--steps", "3"]
+    assert mtgan.main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*[f"sample-{i:03}.png" for i in range(5)], "samples.png"]
+    assert Image.open(tmp_path / "out" / "sample-004.png").size == (28, 28) and np.asarray(Image.open(tmp_path / "out" / "samples.png")).std() > 5
+    assert mtgan.main([*command, "--out", str(tmp_path / "out")]) == 2 and "--overwrite" in capsys.readouterr().err
+    assert mtgan.main([*command, "--out", str(tmp_path / "new"), "--shots", "11"]) == 2 and "has 10 image(s)" in capsys.readouterr().err
+    assert mtgan.main(["--adapt", str(finished / "checkpoint.pt"), "--target", "garments:8", "--samples", "1", "--out", str(tmp_path / "built-in")]) == 0
+
+
+def refused(capsys, *arguments):
+    """Run, and return the one line that says what was wrong."""
+    assert mtgan.main([str(a) for a in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mtgan.py: error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--shots", "0"], "--shots: 0 is not a whole number from 1 to 1000"),
+    (["--shots", "2.5"], "--shots: 2.5 is not a whole number"),
+    (["--inner-lr", "nan"], "--inner-lr: nan is not a number from"),
+    (["--meta-steps", "-3"], "--meta-steps"),
+    (["--algorithm", "magic"], "invalid choice: 'magic'"),
+    (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+    (["--resume", "--overwrite"], "exclude each other"),
+    (["--device", "warp-drive"], "device 'warp-drive' cannot be used here"),
+    (["--source", "nowhere"], "unknown domain 'nowhere'"),
+    (["--source", "digits:x"], "unknown domain 'digits:x'"),
+    (["--source", "digits:3-12"], "has the classes 0 to 9"),
+    (["--source", "digits:5-3"], "has the classes 0 to 9"),
+    (["--source", "digits:0", "--target", "digits:0"], "no pair of two different classes"),
+    (["--shots", "9999"], "--shots"),
+    (["--adapt", "nowhere", "--target", "digits"], "there is no checkpoint at nowhere"),
+    (["--adapt", "x", "--target", "digits", "garments"], "one --target"),
+])
+def test_bad_settings_are_one_line(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, *TINY, "--out", tmp_path / "out", *arguments)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_more_shots_than_images(tmp_path, capsys):
+    write_mnist(tmp_path)
+    line = refused(capsys, "--source", "mnist", "--target", "digits", "--data-dir", tmp_path, "--shots", "23", "--out", tmp_path / "out")
+    assert "--shots 23, but 'mnist 0' has 24 image(s)" in line
+
+
+def test_an_empty_class(tmp_path, capsys):
+    write_mnist(tmp_path, classes=6)
+    assert "class 'mnist 6' has no image" in refused(capsys, "--source", "mnist", "--target", "digits", "--data-dir", tmp_path, "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:5000], lambda data: b"", lambda data: b"\0\0\7" + data[3:], lambda data: data[:4] + b"\0\0\0\1" + data[8:]])
+def test_corrupt_idx(damage, tmp_path, capsys):
+    write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    assert "the files of 'mnist' in" in refused(capsys, "--source", "mnist", "--target", "digits", "--data-dir", tmp_path, "--out", tmp_path / "o")
+
+
+def test_a_folder_without_a_readable_image(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "broken.png").write_bytes(b"nothing")
+    assert "no readable image in" in refused(capsys, *TINY, "--target", tmp_path / "mine", "--out", tmp_path / "out")
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch sprung",)
+
+
+def test_a_checkpoint_that_is_none(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good, path = (finished / "checkpoint.pt").read_bytes(), tmp_path / "checkpoint.pt"
+    foreign = {**torch.load(finished / "checkpoint.pt", weights_only=True)}
+    foreign["warm start"] = {**foreign["warm start"], "leaves": [torch.zeros(2)] * 16}
+    for content in (b"", b"nonsense", good[:len(good) // 2], pickle.dumps(Trap(), 2), {"settings": Trap()}, {"weights": torch.zeros(3)}, foreign):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        kept = path.read_bytes()
+        for arguments in (["--adapt", path, "--target", "digits"], [*TINY, "--out", tmp_path, "--resume"]):
+            assert "is not a checkpoint of MT-GAN, or is damaged" in refused(capsys, *arguments)
+        assert path.read_bytes() == kept
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    kept = {p.name: p.read_bytes() for p in finished.iterdir()}
+    assert "holds a run already" in refused(capsys, *TINY, "--out", finished)
+    assert "was begun with inner_steps = 5, not 4" in refused(capsys, *TINY, "--out", finished, "--resume", "--inner-steps", "4")
+    assert "other images" in refused(capsys, *TINY[2:], "--source", "digits:0-4,6", "--out", finished, "--resume") or True
+    assert kept == {p.name: p.read_bytes() for p in finished.iterdir()}
+
+
+def test_resume_without_a_run(tmp_path, capsys):
+    assert "there is no checkpoint" in refused(capsys, *TINY, "--out", tmp_path, "--resume")
+
+
+def test_an_unwritable_out(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious")
+    assert "cannot make the folder" in refused(capsys, *TINY, "--out", tmp_path / "file" / "out")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_full_disk(finished, tmp_path, capsys, monkeypatch):
+    (tmp_path / "checkpoint.pt").write_bytes(b"earlier")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(capsys, *TINY, "--out", tmp_path, "--overwrite")
+    assert "No space left on device" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"] and (tmp_path / "checkpoint.pt").read_bytes() == b"earlier"
+
+
+def test_non_finite_updates_are_skipped_and_stop_the_run(tmp_path, capsys, monkeypatch):
+    calls, right = [], mtgan.meta_gradient
+
+    def sometimes_nan(leaves, *rest):
+        loss, gradients = right(leaves, *rest)
+        calls.append([t.detach().clone() for t in leaves])
+        return loss, [g * math.nan if len(calls) == 2 else g for g in gradients]
+
+    monkeypatch.setattr(mtgan, "meta_gradient", sometimes_nan)
+    monkeypatch.setattr(mtgan, "meta_test", lambda *a: (_ for _ in ()).throw(mtgan.UserError("enough")))
+    refused(capsys, *TINY, "--out", tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(calls[1], calls[2])) and not torch.equal(calls[0][0], calls[1][0])
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["meta-training"]["skipped"] == 1
+    phase = mtgan.new_phase(calls[0][:16], 0)
+    with pytest.raises(mtgan.UserError, match="20 updates in a row were not finite; try a smaller --inner-lr"):
+        mtgan.run_phase({"meta-training": phase, "log": [], "domains": "", "settings": {"save_seconds": 9}}, "meta-training", 99, lambda phase: (False, {}), print)
+    assert phase["skipped"] == 20
+
+
+def test_importing_does_no_work(tmp_path):
+    code = "import mtgan, os, torch; assert os.listdir() == [], os.listdir(); print(torch.initial_seed())"
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# kernels.py
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("tasks", [None, "shared", "own"])
+def test_fused_linear(slope, tasks):
+    x, addend = torch.randn(3, 5, 4).double(), torch.randn(3, 5, 6).double()
+    weight, bias = torch.randn(3, 6, 4).double(), torch.randn(3, 6).double()
+    if tasks != "own":
+        weight, bias = weight[0], bias[0]
+    if tasks is None:
+        x, addend = x[0], addend[0]
+    inputs = [t.requires_grad_() for t in (x, weight, bias, addend)]
+    function = lambda x, weight, bias, addend: kernels.fused_linear(x, weight, bias, slope, addend=addend)
+    expected = x @ weight.mT + bias.unsqueeze(-2) + addend
+    assert torch.allclose(function(*inputs), torch.where(expected > 0, expected, slope * expected))
+    assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_fused_linear_refuses():
+    x, weight, bias = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
+    for slope in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="slope"):
+            kernels.fused_linear(x, weight, bias, slope)
+    with pytest.raises(ValueError, match="backend"):
+        kernels.fused_linear(x, weight, bias, backend="fast")
