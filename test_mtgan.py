@@ -27,7 +27,7 @@ import kernels
 import mtgan
 
 HERE = Path(__file__).parent
-TINY = ["--source", "digits:0-5", "--target", "garments:0-2", "--dry-run"]     # 4 x 2 pairs to train on, 2 held out
+TINY = ["--source", "digits:0-5", "--target", "garments:0-2", "--source-steps", "1", "--dry-run"]     # 4 x 2 pairs to train on, 2 held out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,6 +209,24 @@ def test_float32_meta_gradient_at_full_size():
         finally:
             mtgan.noise = noise
     assert relative(*gradients) < 1e-4
+
+
+def test_gan_step_is_plain_adam(monkeypatch):
+    """With shared weights and with a task's own ones (whose gradients come transposed), against torch's unfused Adam."""
+    for name in ("GENERATOR_SIZES", "DISCRIMINATOR_SIZES"):
+        monkeypatch.setattr(mtgan, name, tuple(min(n, 100) for n in getattr(mtgan, name)[:-1]) + (784 if name[0] == "G" else 1,))
+    monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (784, *mtgan.DISCRIMINATOR_SIZES[1:]))
+    rng = torch.Generator().manual_seed(0)
+    flat = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
+    real = torch.rand(1, 9, 784, generator=rng) * 2 - 1
+    shared, own = mtgan.new_phase(flat, 1), mtgan.new_phase([t.expand(1, *t.shape) for t in flat], 1)
+    plain = mtgan.new_phase(flat, 1)
+    plain["optimizers"] = [torch.optim.Adam(mtgan.tensors(layers), 2e-4, betas=(0.5, 0.999)) for layers in mtgan.players(plain["leaves"])]
+    for _ in range(5):
+        for phase in (shared, own, plain):
+            assert mtgan.gan_step(phase, real)[0]
+    assert relative(plain["leaves"], flat) > 1e-3
+    assert relative(shared["leaves"], plain["leaves"]) < 1e-5 and relative([t[0] for t in own["leaves"]], plain["leaves"]) < 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -460,11 +478,10 @@ def test_skipped_images_are_counted(tmp_path, capsys):
 
 
 def test_without_network_the_stand_in_says_so(tmp_path, monkeypatch, capsys):
-    class Unreachable:
-        def __init__(self, root, download=False, **part):
-            raise OSError("timed out") if download else RuntimeError("Dataset not found. You can use download=True to download it")
+    def unreachable(root, train, download=False):
+        raise OSError("timed out") if download else RuntimeError("Dataset not found. You can use download=True to download it")
 
-    monkeypatch.setitem(mtgan.TORCHVISION, "mnist", (Unreachable, ({},), "digits"))
+    monkeypatch.setattr(mtgan.torchvision.datasets, "MNIST", unreachable)
     data = mtgan.load_dataset("mnist:0-3", tmp_path)
     assert data.name == "digits (stand-in for mnist)" and len(data.classes) == 4
     assert "WARNING" in capsys.readouterr().err
@@ -647,7 +664,7 @@ def test_resume_without_a_run(tmp_path, capsys):
 
 def test_an_unwritable_out(tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
-    assert "cannot make the folder" in refused(capsys, *TINY, "--out", tmp_path / "file" / "out")
+    assert "cannot write" in refused(capsys, *TINY, "--out", tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "precious"
 
 
