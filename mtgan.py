@@ -22,6 +22,7 @@ import argparse, csv, io, json, math, os, re, signal, socket, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that spin while they wait crawl on a busy machine
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.autograd import grad
 
-from kernels import fused_linear
+from kernels import choose, fused_linear, why_not_triton
 
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
@@ -967,7 +968,10 @@ def main(argv=None):
     try:
         settings = parse_arguments(argv)
         KERNEL, device = settings.kernel, pick_device(settings.device)
+        if KERNEL == "triton" and why_not_triton(device):
+            raise UserError(f"--kernel triton: {why_not_triton(device)}")
         allow_onednn()
+        show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", True)
         deploy(settings, device) if settings.adapt else whole_story(settings, device)
     except UserError as error:
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -9,6 +9,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # must be set before anything imports triton, as torchvision does
 
+import functools
+import itertools
 import json
 import math
 import pickle
@@ -25,6 +27,7 @@ from PIL import Image
 
 import kernels
 import mtgan
+from kernels import fused_linear
 
 HERE = Path(__file__).parent
 TINY = ["--source", "digits:0-5", "--target", "garments:0-2", "--source-steps", "1", "--dry-run"]     # 4 x 2 pairs to train on, 2 held out
@@ -158,6 +161,14 @@ def test_first_order_is_the_explicit_first_order(small, score):
     expected = torch.autograd.grad(explicit_episode(leaves, batches, query, score, 5, create_graph=False, frozen=frozen), leaves,
                                    allow_unused=True, materialize_grads=True)
     assert relative(gradient, expected) < 1e-12
+
+
+@pytest.mark.skipif(bool(kernels.why_not_triton("cpu")), reason="triton's interpreter is not on")
+def test_meta_gradient_through_triton(small, monkeypatch):
+    loss, expected = meta_gradient(small)
+    monkeypatch.setattr(mtgan, "KERNEL", "triton")
+    with_kernel, gradient = meta_gradient(small)
+    assert abs(loss - with_kernel) < 1e-12 and relative(gradient, expected) < 1e-12
 
 
 def test_inner_gradients_are_partial(small):
@@ -606,6 +617,13 @@ def test_bad_settings_are_one_line(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
+def test_triton_that_cannot_be_had_is_one_line(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "mtgan.py", *TINY, "--kernel", "triton", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("mtgan.py: error: --kernel triton: ") and result.stderr.count("\n") == 1
+
+
 def test_more_shots_than_images(tmp_path, capsys):
     write_mnist(tmp_path)
     line = refused(capsys, "--source", "mnist", "--target", "digits", "--data-dir", tmp_path, "--shots", "23", "--out", tmp_path / "out")
@@ -725,10 +743,420 @@ def test_fused_linear(slope, tasks):
     assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
 
 
-def test_fused_linear_refuses():
-    x, weight, bias = torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)
-    for slope in (-0.1, math.nan):
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Output memory starts as nan, so an unwritten element shows; nan behind it must still be there at the end."""
+    behind, original = [], torch.Tensor.new_empty
+
+    def new_empty(tensor, *shape, **options):
+        if options or not all(isinstance(side, int) for side in shape):
+            return original(tensor, *shape, **options)       # PyTorch's own use of it
+        size = torch.Size(shape).numel()
+        memory = tensor.new_full((size + 64 * shape[-1] + 64,), float("nan"))    # a tile has at most 64 rows
+        behind.append(memory[size:])
+        return memory[:size].view(shape)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    yield
+    assert all(memory.isnan().all() for memory in behind), "the kernel wrote beyond its output"
+
+
+def on_triton(test):
+    """Marks a test that runs the kernel."""
+    skip = pytest.mark.skipif(bool(kernels.why_not_triton(DEVICE)), reason="triton cannot run here")
+    return skip(pytest.mark.usefixtures("poisoned")(test))
+
+
+def draw(*shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+def operands(T, B, N, K, addend=True, dtype=torch.float64):
+    """x, W, b, addend, g with no pre-activation so close to 0 that rounding decides its sign."""
+    while True:
+        x, weight, bias = draw(T, B, K, dtype=dtype), draw(T, N, K, dtype=dtype), draw(T, N, dtype=dtype)
+        c, g = draw(T, B, N, dtype=dtype) if addend else None, draw(T, B, N, dtype=dtype)
+        z = fused_linear(x.double(), weight.double(), bias.double(), 1, addend=c.double() if addend else None)
+        if z.abs().min() > 1e-4 / z.numel() ** 0.5:
+            return x, weight, bias, c, g
+
+
+def close(actual, expected, tolerance=1e-5):
+    expected = expected.to(actual.dtype)
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def leaf(tensor):
+    """The same values and strides, requiring a gradient."""
+    return None if tensor is None else tensor.detach().requires_grad_()
+
+
+def all_gradients(inputs, g, slope, backend, seed=0):
+    """y, all first gradients, and the gradient of each of them with respect to every input and to g."""
+    x, weight, bias, addend = inputs = [leaf(value) for value in inputs]
+    g = leaf(g)
+    inputs = [value for value in inputs if value is not None]
+    y = fused_linear(x, weight, bias, slope, addend=addend, backend=backend)
+    first = torch.autograd.grad(y, inputs, g, create_graph=True)
+    generator = torch.Generator().manual_seed(seed)
+    second = []
+    for value in first:
+        u = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        second += torch.autograd.grad(value, inputs + [g], u, retain_graph=True, materialize_grads=True)
+    return [y, *first, *second]
+
+
+def compare(inputs, g, slope, tolerance=1e-5):
+    double = lambda value: None if value is None else value.double()
+    expected = all_gradients([double(value) for value in inputs], double(g), slope, "torch")
+    actual = all_gradients(inputs, g, slope, "triton")
+    assert len(actual) == len(expected)
+    for left, right in zip(actual, expected):
+        close(left, right, tolerance)
+
+
+# T, B, N, K: none but 1 and 784 divides into tiles, and (3, 257, 784, 7) is large enough for the large tile
+SIZES = [(1, 1, 784, 7), (3, 7, 33, 100), (1, 33, 100, 257), (3, 100, 1, 33), (1, 7, 257, 784), (3, 1, 7, 1)]
+
+
+@on_triton
+@pytest.mark.parametrize("size, slope, addend", [
+    (size, slope, addend) for i, size in enumerate(SIZES)
+    for slope, addend in [((0, 0.2, 1)[i % 3], i % 2 == 0), ((0.2, 1, 0)[i % 3], i % 2 == 1)][:1 + (i != 4)]])
+def test_all_gradients_match_float64(size, slope, addend):
+    torch.manual_seed(0)
+    *inputs, g = operands(*size, addend=addend, dtype=torch.float32)
+    compare(inputs, g, slope)
+
+
+@on_triton
+def test_large_tile_and_slope_beyond_one():
+    torch.manual_seed(1)
+    assert kernels.choose_tile(3, 257, 784, torch.float32) == kernels.TILES["ieee"][-1]
+    x, weight, bias, c, _ = operands(3, 257, 784, 7, dtype=torch.float32)
+    y = fused_linear(x, weight, bias, 1.5, addend=c, backend="triton")
+    close(y, fused_linear(*(v.double() for v in (x, weight, bias)), 1.5, addend=c.double(), backend="torch"))
+    *inputs, g = operands(2, 5, 9, 4)
+    compare(inputs, g, 1.5, 1e-12)
+
+
+def layouts():
+    """Ways to lay out a tensor [T, R, C], with nan in the memory around it."""
+    def sliced(tensor):
+        around = tensor.new_full((tensor.shape[0] + 2, tensor.shape[1] + 3, 2 * tensor.shape[2] + 40), float("nan"))
+        around[1:-1, 1:-2, 1:2 * tensor.shape[2]:2] = tensor
+        return around[1:-1, 1:-2, 1:2 * tensor.shape[2]:2]
+
+    return {"sliced": sliced,
+            "transposed": lambda tensor: sliced(tensor.mT).mT,
+            "tasks last": lambda tensor: sliced(tensor.movedim(0, -1)).movedim(-1, 0),
+            "same for all tasks": lambda tensor: tensor[:1].expand_as(tensor),
+            "same for all rows": lambda tensor: tensor[:, :1].expand_as(tensor),
+            "same for all columns": lambda tensor: tensor[:, :, :1].expand_as(tensor)}
+
+
+@on_triton
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("slope, addend", [(0.2, True), (0.2, False), (1, True)])
+def test_strides_of_inputs_and_incoming_gradients(layout, slope, addend):
+    torch.manual_seed(2)
+    lay = layouts()[layout]
+    x, weight, bias, c, g = operands(3, 7, 11, 35)
+    row = lay(bias[:, None])[:, 0]                   # a bias has no rows: stride 0 there, whatever the layout
+    compare([lay(x), lay(weight), row, lay(c) if addend else None], lay(g), slope, 1e-10)
+
+
+@on_triton
+def test_double_precision_slope_is_not_rounded():
+    torch.manual_seed(3)
+    *inputs, g = operands(2, 5, 6, 7)
+    compare(inputs, g, 0.2, 1e-13)                   # 0.2 as a float32 would be wrong by 1.5e-8
+
+
+CASES = {"2-D": ((3, 4), (2, 4), (2,), (3, 2)), "all shared": ((2, 3, 4), (2, 4), (2,), (2, 3, 2)),
+         "per task": ((2, 3, 4), (2, 2, 4), (2, 2), (2, 3, 2)),
+         "bias per task": ((2, 3, 4), (2, 4), (2, 2), (2, 3, 2)),
+         "bias shared": ((2, 3, 4), (2, 2, 4), (2,), (2, 3, 2)), "no bias": ((2, 3, 4), (2, 2, 4), None, (2, 3, 2))}
+
+
+@on_triton
+@pytest.mark.parametrize("case, slope, addend", [
+    *itertools.product(("2-D", "all shared", "per task"), (0, 0.2, 1), (False, True)),
+    ("no bias", 0.2, True), ("bias per task", 0.2, False), ("bias shared", 0, True)])
+def test_gradcheck(case, slope, addend):
+    torch.manual_seed(4)
+    shapes = CASES[case] if addend else CASES[case][:3] + (None,)
+    inputs = [None if shape is None else draw(*shape).requires_grad_() for shape in shapes]
+
+    def layer(x, weight, bias, c):
+        return fused_linear(x, weight, bias, slope, addend=c, backend="triton")
+
+    close(layer(*inputs), fused_linear(*inputs[:3], slope, addend=inputs[3], backend="torch"), 1e-12)
+    torch.autograd.gradcheck(layer, inputs, fast_mode=True)
+    torch.autograd.gradgradcheck(layer, inputs, fast_mode=True)
+
+
+@on_triton
+def test_full_gradgradcheck():
+    torch.manual_seed(5)
+    inputs = [draw(*shape).requires_grad_() for shape in ((1, 1, 2), (1, 2, 2), (1, 2), (1, 1, 2))]
+    layer = lambda x, weight, bias, c: fused_linear(x, weight, bias, 0.2, addend=c, backend="triton")
+    torch.autograd.gradcheck(layer, inputs)
+    torch.autograd.gradgradcheck(layer, inputs)
+
+
+@on_triton
+@pytest.mark.parametrize("addend", [True, False])
+def test_third_derivative(addend):
+    results = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(6)
+        x, weight, bias, c, _ = inputs = [leaf(value) for value in operands(2, 3, 4, 5, addend)]
+        value = fused_linear(x, weight, bias, 0.2, addend=c, backend=backend).sin().sum()
+        for _ in range(3):
+            gradients = torch.autograd.grad(value, [v for v in inputs[:4] if v is not None], create_graph=True)
+            value = sum(gradient.square().sum() for gradient in gradients)
+        results.append(gradients)
+    for left, right in zip(*results):
+        close(right, left, 1e-11)
+
+
+@on_triton
+def test_probe_gradient_is_the_preactivation_gradient():
+    torch.manual_seed(7)
+    x, weight, bias, _, g = operands(2, 3, 4, 5, addend=False)
+    probe = torch.zeros(2, 3, 4, dtype=x.dtype, device=DEVICE, requires_grad=True)
+    y = fused_linear(x, weight, bias, 0.2, addend=probe, backend="triton")
+    delta, = torch.autograd.grad(y, probe, g)
+    close(delta, torch.where(x @ weight.mT + bias[:, None] > 0, g, 0.2 * g), 1e-12)
+
+
+@on_triton
+def test_no_launch_is_wasted(monkeypatch):
+    calls = []
+    launch = kernels.product
+
+    def counted(a, *rest, **options):
+        calls.append(tuple(a.shape))
+        return launch(a, *rest, **options)
+
+    monkeypatch.setattr(kernels, "product", counted)
+    inputs = kernels.draw_operands(2, 3, 4, 5, DEVICE)
+    layer = lambda x, weight, bias: fused_linear(x, weight, bias, backend="triton")
+    for products in (1, 3, 7):
+        calls.clear()
+        kernels.run_level(layer, inputs, products)
+        assert len(calls) == products
+    calls.clear()                                    # shared weights: two tasks are one batch, throughout
+    x, weight, bias = leaf(draw(2, 3, 5)), leaf(draw(4, 5)), leaf(draw(4))
+    torch.autograd.grad(layer(x, weight, bias).sum(), (x, weight, bias))
+    assert calls == [(1, 6, 5), (1, 6, 4), (1, 4, 6)]
+    calls.clear()
+    torch.autograd.grad(layer(x, weight.detach(), bias.detach()).sum(), x)
+    assert len(calls) == 2                           # no gradient of W or b
+
+
+class Net(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        self.first, self.second = torch.nn.Linear(5, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = fused_linear(x, self.first.weight, self.first.bias, 0.2, backend=self.backend)
+        return fused_linear(h, self.second.weight, self.second.bias, 1, addend=h[..., :3], backend=self.backend)
+
+
+def func_results(backend):
+    """What torch.func makes of a small network: a dictionary of trees of tensors."""
+    from torch.func import functional_call, grad, jacrev, vmap
+    torch.manual_seed(8)
+    net = Net(backend).double().to(DEVICE)
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+    x = draw(3, 2, 5)                                                                     # [T, B, K]
+    loss = lambda parameters, x: functional_call(net, parameters, (x,)).sin().mean()
+
+    def stepped(parameters, x):                      # the loss after one gradient step: a grad of a grad
+        gradient = grad(loss)(parameters, x)
+        return loss({name: value - 0.5 * gradient[name] for name, value in parameters.items()}, x)
+
+    per_task = {name: value + 0.1 * draw(3, *value.shape) for name, value in parameters.items()}
+    total = lambda function: lambda parameters: vmap(function, in_dims=(None, 0))(parameters, x).sum()
+    return {"functional_call": functional_call(net, parameters, (x,)),
+            "grad": grad(loss)(parameters, x),
+            "grad of grad": grad(stepped)(parameters, x),
+            "vmap": vmap(lambda p, x: functional_call(net, p, (x,)), in_dims=(None, 0))(parameters, x),
+            "vmap, axis 1": vmap(lambda p, x: functional_call(net, p, (x,)), in_dims=(None, 1))(parameters, x),
+            "vmap of grad": vmap(grad(loss), in_dims=(None, 0))(parameters, x),
+            "vmap of grad of grad, per task": vmap(grad(stepped))(per_task, x),
+            "vmap of vmap": vmap(vmap(loss, in_dims=(None, 0)))(per_task, x[:, :, None]),
+            "grad of vmap": grad(total(loss))(parameters),
+            "grad of vmap of grad": grad(total(stepped))(parameters),
+            "vmap, tasks inside": vmap(grad(loss), in_dims=(None, 0))(parameters, torch.stack((x, -x))),
+            "jacrev of jacrev": jacrev(jacrev(lambda bias: loss({**parameters, "first.bias": bias}, x)))(
+                parameters["first.bias"])}
+
+
+@on_triton
+def test_torch_func():
+    expected, actual = func_results("torch"), func_results("triton")
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-10, atol=1e-12, msg=lambda m: f"{name}: {m}")
+
+
+@on_triton
+def test_vmap_over_a_later_axis():
+    torch.manual_seed(10)
+    g, weight, y = draw(1, 2, 3), draw(1, 3, 4), draw(1, 2, 3)
+    both = torch.func.vmap(lambda g: kernels.X.apply(g, weight, y, 0.2), in_dims=2)(torch.stack((g, -2 * g), 2))
+    for actual, g in zip(both, (g, -2 * g)):
+        close(actual, torch.where(y > 0, g, 0.2 * g) @ weight, 1e-12)
+
+
+def episode_on(backend, dtype, explicit):
+    """The gradient of an episode: two inner steps on three layers, then the loss of the stepped weights."""
+    torch.manual_seed(9)
+    sizes, T, B = (6, 9, 7, 3), 2, 5
+    initial = [leaf((draw(N, K) / K ** 0.5).to(dtype)) for K, N in zip(sizes, sizes[1:])]
+    initial += [leaf(draw(N).to(dtype)) for N in sizes[1:]]
+    x, target = draw(T, B, sizes[0]).to(dtype), draw(T, B, sizes[-1]).to(dtype)
+
+    def loss(parameters):
+        h = x
+        for i, slope in enumerate((0, 0.2, 1)):
+            h = fused_linear(h, parameters[i], parameters[i + 3], slope, backend=backend)
+        return (h - target).square().mean((1, 2)).sum()
+
+    parameters = [value.expand(T, *value.shape) for value in initial] if explicit else initial
+    for _ in range(2):
+        gradients = torch.autograd.grad(loss(parameters), parameters, create_graph=True)
+        parameters = [value - 0.1 * gradient for value, gradient in zip(parameters, gradients)]
+    return torch.autograd.grad(loss(parameters), initial)
+
+
+@on_triton
+@pytest.mark.parametrize("explicit", [False, True], ids=["shared", "per task"])
+def test_meta_gradient_through_the_kernel(explicit):
+    for expected, exact, single in zip(episode_on("torch", torch.float64, explicit),
+                                       episode_on("triton", torch.float64, explicit),
+                                       episode_on("triton", torch.float32, explicit)):
+        close(exact, expected, 1e-12)
+        close(single, expected, 1e-5)
+
+
+@on_triton
+def test_empty_batch():
+    x, weight, bias = leaf(draw(2, 0, 3)), leaf(draw(2, 4, 3)), leaf(draw(2, 4))
+    y = fused_linear(x, weight, bias, backend="triton")
+    assert y.shape == (2, 0, 4)
+    for gradient in torch.autograd.grad(y.sum(), (weight, bias)):
+        assert (gradient == 0).all()
+
+
+def in_subprocess(code, **environment):
+    """Runs code with triton not interpreted unless asked; returns what it prints."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", code], env=clean | environment, cwd=HERE,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_cross_compiled_kernels_do_not_spill():
+    rows = json.loads(in_subprocess("import json, kernels; print(json.dumps(list(kernels.resources((80, 90)))))"))
+    assert {row[0] for row in rows} == {80, 90} and {row[3] for row in rows} == {"L", "L, y given", "X", "D"}
+    for *_, registers, shared, spilled in rows:
+        assert 16 < registers <= 255 and 0 < shared <= 99 * 1024 and spilled == 0
+
+
+def test_without_triton():
+    out = in_subprocess("""
+import sys
+sys.modules["triton"] = None                         # import triton now raises ImportError
+import torch, kernels
+x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+print(kernels.fused_linear(x, w, b).shape, kernels.choose("cuda"))
+try:
+    kernels.fused_linear(x, w, b, backend="triton")
+except RuntimeError as error:
+    print(error)
+kernels.main()
+""", TRITON_INTERPRET="1")
+    shape, *lines = out.splitlines()
+    assert shape == "torch.Size([2, 4]) torch"
+    assert len(lines) == 2 and all("triton is not installed" in line and "backend='torch'" in line for line in lines)
+
+
+@pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
+def test_cpu_without_interpreter_is_refused():
+    out = in_subprocess("""
+import torch, kernels
+x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
+print(kernels.fused_linear(x, w, b).shape, kernels.choose("cpu"))
+try:
+    kernels.fused_linear(x, w, b, backend="triton")
+except RuntimeError as error:
+    print(error)
+""")
+    assert "torch.Size([2, 4]) torch" in out and "TRITON_INTERPRET=1" in out
+
+
+def test_refusals():
+    x, weight, bias = torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4)
+    for slope in (-0.1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="slope"):
-            kernels.fused_linear(x, weight, bias, slope)
+            fused_linear(x, weight, bias, slope)
     with pytest.raises(ValueError, match="backend"):
-        kernels.fused_linear(x, weight, bias, backend="fast")
+        fused_linear(x, weight, bias, backend="cuda")
+    for dtype in (torch.bfloat16, torch.float16, torch.int64):
+        with pytest.raises(TypeError, match="float32"):
+            fused_linear(x.to(dtype), weight.to(dtype), bias.to(dtype))
+    with pytest.raises(TypeError):
+        fused_linear(x, weight.double(), bias)
+    with pytest.raises(TypeError):
+        fused_linear(x, weight, bias, addend=torch.zeros(2, 3, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="device"):
+        fused_linear(x, weight.to("meta"), bias)
+    wrong = [dict(x=x[0, 0]), dict(x=x[None]), dict(weight=weight[0]), dict(weight=weight.mT), dict(bias=bias[:3]),
+             dict(weight=weight.expand(3, 4, 5)), dict(bias=bias.expand(3, 4)), dict(bias=bias.expand(1, 2, 4)),
+             dict(addend=torch.zeros(3, 4)), dict(addend=torch.zeros(2, 3, 5)), dict(addend=torch.zeros(1, 3, 4)),
+             dict(x=x[0], weight=weight.expand(2, 4, 5)), dict(x=x[0], bias=bias.expand(2, 4)),
+             dict(x=x[0], addend=torch.zeros(2, 3, 4)), dict(weight=weight[0], bias=None),
+             dict(x=x[..., :0], weight=weight[:, :0])]
+    for change in wrong:
+        with pytest.raises(ValueError, match="goes with"):
+            fused_linear(**{"x": x, "weight": weight, "bias": bias} | change)
+
+
+def test_auto_is_torch_until_measured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert kernels.choose("cpu") == kernels.choose("cuda") == "torch"
+    if kernels.triton is not None:
+        monkeypatch.setitem(kernels.FASTER_UP_TO, (9, 0), 1000)
+        assert kernels.choose("cuda") == kernels.choose("cuda:1", 1000) == "triton"
+        assert kernels.choose("cuda", 1001) == "torch" and kernels.choose("cpu") == "torch"
+
+
+def test_precision_follows_pytorch(monkeypatch):
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "ieee"
+        assert kernels.precision_of(torch.float32) == "ieee"
+        settings.fp32_precision = "tf32"
+        assert kernels.precision_of(torch.float32) == "tf32" and kernels.precision_of(torch.float64) == "ieee"
+    finally:
+        settings.fp32_precision = before
+
+
+@on_triton
+def test_benchmark_prints_every_row(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: layer)
+    monkeypatch.setattr(kernels, "median_seconds", functools.partial(kernels.median_seconds, rounds=1, repeats=1))
+    kernels.benchmark(DEVICE, layers={"tiny": (5, 3)}, tasks=(1, 2), B=2, big=16)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 2 * 3 and all(line.split()[0] == "tiny" for line in lines[2:])
+    assert all(float(line.split()[-1]) < 1e-5 for line in lines[2:])
