@@ -8,17 +8,20 @@ steps are enough.
     python mtgan.py --source digits --target garments --dry-run     # everything once, tiny, nothing to download
     python mtgan.py --adapt runs/mnist-fashion --target my_images/ --shots 10 --samples 64     # deploy
 
-The four equations (a: inner learning rates, R: real images, z: noise, theta: generator, phi: discriminator)
+A *task* is to generate a target domain (a class of images) of which only a few *shots* are given, the *support*. An
+*episode* adapts G and D to some tasks by a few *inner* steps and scores them on other images of each target, the
+*query*; the *outer* step then improves what all tasks start from. The four equations (a: inner learning rates,
+R: real images, z: noise, theta: generator, phi: discriminator):
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(theta_K), query images), through all steps
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(theta_K), query), through all K inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
 """
-import argparse, csv, io, json, math, os, re, signal, socket, sys, time
+import argparse, contextlib, csv, io, json, math, os, re, signal, socket, sys, time, zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +33,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.autograd import grad
 
-from kernels import choose, fused_linear, why_not_triton
+from kernels import allow_onednn, choose, fused_linear, why_not_triton
 
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
@@ -46,6 +49,7 @@ PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50)
 TEST_PAIRS = 12             # at most so many held-out pairs are tested
 GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baselines' learning rate is chosen
+ARTEFACTS = ("checkpoint.pt", "log.csv", "report.json", "adaptation.png", "samples.png")
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
 INTERRUPTED = []            # not empty once Ctrl-C was pressed
 
@@ -59,36 +63,28 @@ TORCHVISION = {             # spec: (class in torchvision.datasets, the built-in
     "emnist": ("EMNIST", "digits"), "qmnist": ("QMNIST", "digits"), "usps": ("USPS", "digits")}
 BUILT_IN = ("digits", "garments")
 
-class Dataset(NamedTuple):
-    name: str
-    images: np.ndarray      # uint8 [n, 784], bright strokes on 0
-    labels: np.ndarray      # int [n]
-    classes: list           # what label c is called
-
 def load_dataset(spec, data_dir):
-    """The images and labels of a spec: a dataset, a built-in or a folder, and perhaps classes of it, as in `mnist:0-6,9`.
+    """A dataset, a built-in or a folder, and perhaps classes of it, as in `mnist:0-6,9`.
 
-    A dataset that is neither in data_dir nor to be downloaded is replaced by a built-in, and its name says so.
-    Raises UserError for a domain that is unknown, empty or corrupt.
+    Returns its name and {class name: uint8 [n, 784]}, bright strokes on 0. A dataset that is neither in data_dir nor to
+    be downloaded is replaced by a built-in, and the name says so. Raises UserError where a domain is unknown or corrupt.
     """
-    name, chosen = re.fullmatch(r"(.*?)(?::((?:\d+(?:-\d+)?,?)+))?", spec).groups()
+    name, _, chosen = (spec, "", "") if os.path.isdir(spec) else spec.rpartition(":") if re.search(r":[\d,-]+$", spec) else (spec, "", "")
     if name in TORCHVISION:
-        data = load_torchvision(name, data_dir)
+        name, classes = load_torchvision(name, data_dir)
     elif name in BUILT_IN:
-        data = draw_built_in(name)
+        classes = draw_built_in(name)
     elif os.path.isdir(name):
-        data = load_folder(name)
+        classes = load_folder(name)
+        name = os.path.relpath(os.path.realpath(name))      # one folder has one name, however it is spelled
     else:
         raise UserError(f"unknown domain '{spec}': neither a folder nor one of {', '.join([*TORCHVISION, *BUILT_IN])}; "
                         "a list of classes looks like mnist:0-6,9")
-    if chosen is None:
-        return data
-    ranges = [[int(end) for end in part.split("-")] for part in chosen.strip(",").split(",")]
-    classes = sorted({c for ends in ranges for c in range(ends[0], min(ends[-1], len(data.classes)) + 1)})
-    if not classes or classes[-1] >= len(data.classes):
-        raise UserError(f"'{spec}': {data.name} has the classes 0 to {len(data.classes) - 1}")
-    keep = np.isin(data.labels, classes)
-    return Dataset(data.name, data.images[keep], np.searchsorted(classes, data.labels[keep]), [data.classes[c] for c in classes])
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", chosen)
+    wanted = sorted({c for low, high in ranges for c in range(int(low), min(int(high or low), len(classes)) + 1)})
+    if chosen and (not wanted or wanted[-1] >= len(classes)):
+        raise UserError(f"'{spec}': {name} has the classes 0 to {len(classes) - 1}")
+    return name, {label: images for c, (label, images) in enumerate(classes.items()) if c in wanted or not chosen}
 
 def load_torchvision(name, data_dir):
     """All parts of a torchvision dataset, from data_dir or the network, else the built-in that stands in for it."""
@@ -99,51 +95,55 @@ def load_torchvision(name, data_dir):
         loaded = load()
     except Exception as error:
         if not isinstance(error, FileNotFoundError) and "not found" not in str(error):     # torchvision's word for 'not there'
-            raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({type(error).__name__}: {error}); delete them to download anew") from error
+            raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({error!r}); delete them to download anew") from error
         socket.setdefaulttimeout(20)
         try:
             loaded = load(download=True)
         except Exception as reason:
-            print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({str(reason).splitlines()[0]}).\n"
+            print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({reason!r:.200}).\n"
                   f"WARNING: the built-in '{stand_in}' stands in for it, and every result says so.", file=sys.stderr)
-            return draw_built_in(stand_in)._replace(name=f"{stand_in} (stand-in for {name})")
+            return f"{stand_in} (stand-in for {name})", draw_built_in(stand_in)
         finally:
             socket.setdefaulttimeout(None)
     images, labels = (np.concatenate([np.asarray(getattr(part, what)) for part in loaded]) for what in ("data", "targets"))
     if len(images) != len(labels):
         raise UserError(f"the files of '{name}' in {data_dir} are corrupt ({len(images)} images, {len(labels)} labels)")
+    if name == "qmnist":
+        labels = labels[:, 0]                   # the other columns are about the writer
     if name == "emnist":
         images = images.transpose(0, 2, 1)      # stored on its side
     if name == "usps":                          # stored as 16 × 16
         images = np.stack([Image.fromarray(image).resize((28, 28), Image.BICUBIC) for image in images])
-    classes = getattr(loaded[0], "classes", range(10))
-    return Dataset(name, images.reshape(-1, PIXELS), labels.astype(int), [str(c).split(" - ")[0] for c in classes])
+    names = [str(c).split(" - ")[0] for c in getattr(loaded[0], "classes", range(10))]
+    return name, {label: images[labels == c].reshape(-1, PIXELS) for c, label in enumerate(names)}
 
 def load_folder(folder):
     """Every image below a folder, its sub-folders being the classes; unreadable image files are skipped and counted."""
-    suffixes, images, labels, classes, skipped = set(Image.registered_extensions()), [], [], [], 0
-    groups = [(p, p.rglob("*")) for p in sorted(Path(folder).iterdir()) if p.is_dir()]
-    for group, files in [*groups, (Path(folder), Path(folder).glob("*"))]:      # loose files are a class of their own
-        found = []
-        for path in sorted(p for p in files if p.suffix.lower() in suffixes and p.is_file()):
-            try:
-                found.append(read_image(path))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                skipped += 1
-        images, labels = images + found, labels + [len(classes)] * len(found)
-        classes += [group.name] if found else []
+    suffixes, classes, skipped = set(Image.registered_extensions()), {}, 0
+    try:
+        groups = {path.name: path.rglob("*") for path in sorted(Path(folder).iterdir()) if path.is_dir()}
+        groups["(loose)"] = Path(folder).glob("*")
+        files = [(group, path) for group, paths in groups.items() for path in sorted(paths) if path.suffix.lower() in suffixes and path.is_file()]
+    except OSError as error:
+        raise UserError(f"cannot read '{folder}': {error.strerror}") from error
+    for group, path in files:
+        try:
+            classes.setdefault(group, []).append(read_image(path))
+        except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError):
+            skipped += 1
+    classes = {group: np.stack(images) for group, images in classes.items() if images}
     if skipped:
         print(f"{folder}: skipped {skipped} unreadable image file(s)", file=sys.stderr)
-    if not images:
+    if not classes:
         raise UserError(f"there is no readable image in '{folder}'")
-    return Dataset(str(folder), np.stack(images), np.array(labels), classes)
+    return classes
 
 def read_image(path):
     """An image file of any size and mode as uint8 [784]: upright, grey, square, bright on dark as MNIST is."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":               # 16 and 32 bits a pixel: the range in use becomes 0 to 255
-            values = np.asarray(image, float)
+            values = np.nan_to_num(np.asarray(image, float))
             image = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
         grey, alpha = (np.asarray(band, float) for band in image.convert("RGBA").convert("LA").split())
     behind = 255 * ((grey * alpha).sum() < 127.5 * alpha.sum())      # what is drawn must stand out where it is transparent
@@ -151,10 +151,8 @@ def read_image(path):
     border = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
     if border > 127:
         grey, border = 255 - grey, 255 - border
-    (height, width), side = grey.shape, max(grey.shape)
-    square = Image.new("L", (side, side), int(border))
-    square.paste(Image.fromarray(np.uint8(grey)), ((side - width) // 2, (side - height) // 2))
-    return np.asarray(square.resize((28, 28), Image.LANCZOS)).reshape(PIXELS)       # Pillow antialiases as it shrinks
+    square = ImageOps.pad(Image.fromarray(np.uint8(grey)), (28, 28), Image.LANCZOS, int(border))       # antialiased
+    return np.asarray(square).reshape(PIXELS)
 
 GARMENTS = {                # an outline's points: x right of the middle, y down, in image widths; mirrored where x starts at 0
     "t-shirt": [(0, .14), (.12, .1), (.44, .24), (.37, .42), (.27, .36), (.27, .9)],
@@ -170,13 +168,13 @@ GARMENTS = {                # an outline's points: x right of the middle, y down
 }
 
 def draw_built_in(name, each=400):
-    """Ten digits in Pillow's own font, or ten silhouettes: every image with its own stroke or outline, slant, size, place and light."""
-    rng, font, images = np.random.default_rng(0), ImageFont.load_default(84), []
+    """Ten digits in Pillow's own font, or ten silhouettes, each image with its own stroke or outline, slant, size, place
+    and light: {class name: uint8 [each, 784]}."""
+    rng, font, classes = np.random.default_rng(0), ImageFont.load_default(84), {}
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
-    classes = list(GARMENTS if name == "garments" else "0123456789")
-    for label in classes:
+    for label in GARMENTS if name == "garments" else "0123456789":
         outline = GARMENTS.get(label, [(0, 0)])
-        points = np.array(outline if outline[0][0] else outline + [(-x, y) for x, y in reversed(outline)])
+        points, images = np.array(outline if outline[0][0] else outline + [(-x, y) for x, y in reversed(outline)]), []
         for _ in range(each):
             canvas, light = Image.new("L", (112, 112)), 1
             if name == "digits":
@@ -189,7 +187,8 @@ def draw_built_in(name, each=400):
             shift = 56 - matrix @ (56 + rng.uniform(-8, 8, 2))
             canvas = canvas.transform(canvas.size, Image.AFFINE, [*matrix[0], shift[0], *matrix[1], shift[1]], Image.BILINEAR)
             images.append(np.uint8(np.asarray(canvas.reduce(4)) * light))
-    return Dataset(name, np.stack(images).reshape(-1, PIXELS), np.arange(10).repeat(each), classes)
+        classes[label] = np.stack(images).reshape(-1, PIXELS)
+    return classes
 
 class Domains(NamedTuple):
     """All images of a run, on the device, sorted by class, and which classes are for what."""
@@ -197,54 +196,50 @@ class Domains(NamedTuple):
     first: torch.Tensor     # int64 [C], where a class begins
     count: torch.Tensor     # int64 [C], how many images it has
     names: list             # 'mnist 7'
+    title: str              # 'mnist and fashion'
     roles: dict             # 'train' or 'test' -> (source classes, target classes)
 
-def load_domains(source_specs, target_specs, data_dir, device):
+def load_domains(source_specs, target_specs, shots, data_dir, device):
     """Load every spec once; the last classes of each are held out, from whatever other spec they are in as well.
 
-    Raises UserError for an empty class, and where no pair is left to train or to test on.
+    Raises UserError where a class has too few images, and where no pair is left to train or to test on.
     """
-    classes, images = {}, {}                    # spec -> its class names; class name -> its images
+    specs, images, known, titles = {}, {}, {}, []       # spec -> its class names; class name -> its images; content -> name
     for spec in dict.fromkeys([*source_specs, *target_specs]):
-        data = load_dataset(spec, data_dir)
-        classes[spec] = [f"{data.name} {name}" for name in data.classes]
-        images.update((name, data.images[data.labels == label]) for label, name in enumerate(classes[spec]))
+        title, classes = load_dataset(spec, data_dir)
+        for label, content in classes.items():
+            if len(content) < shots + 4:                # an episode is scored on 2 other images, a test on 2 and 2
+                raise UserError(f"--shots {shots}, but '{title} {label}' has {len(content)} image(s), and 4 more than the shots are "
+                                "needed; take fewer shots or leave the class out, as in mnist:0-6,9")
+            name = known.setdefault(hash(content.tobytes()), f"{title} {label}")        # the same images are one class
+            images[name] = content
+            specs.setdefault(spec, []).append(name)
+        titles += [title]
     names = list(images)
-    for name in names:
-        if not len(images[name]):
-            raise UserError(f"class '{name}' has no image; leave it out, as in mnist:0-6,9")
-    held_out = {spec: own[-min(HELD_OUT, max(1, len(own) // 3)):] for spec, own in classes.items()}
-    kept = {spec: [name for name in own if not any(name in h for h in held_out.values())] for spec, own in classes.items()}
+    held_out = {spec: own[-min(HELD_OUT, max(1, len(own) // 3)):] for spec, own in specs.items()}
+    kept = {spec: [name for name in own if not any(name in h for h in held_out.values())] for spec, own in specs.items()}
     roles = {}
     for role, own in (("train", kept), ("test", held_out)):
         roles[role] = [list(dict.fromkeys(names.index(name) for spec in specs for name in own[spec])) for specs in (source_specs, target_specs)]
         if not any(s != t for s in roles[role][0] for t in roles[role][1]):
             raise UserError(f"no pair of two different classes is left to {role} on: a third of every domain's classes is held out, so name more")
-    count = torch.tensor([len(images[name]) for name in names], device=device)
-    return Domains(torch.from_numpy(np.concatenate(list(images.values()))).to(device), count.cumsum(0) - count, count, names, roles)
+    count = torch.tensor([len(content) for content in images.values()], device=device)
+    everything = torch.from_numpy(np.concatenate(list(images.values()))).to(device)
+    return Domains(everything, count.cumsum(0) - count, count, names, " and ".join(dict.fromkeys(titles)), roles)
 
 def sample_images(domains, classes, n, rng):
-    """n different images of each of the classes [T], as floats in [-1, 1]  # [T, n, 784]"""
-    lots = torch.rand(len(classes), int(domains.count.max()), generator=rng, device=rng.device)
-    beyond = torch.arange(lots.shape[1], device=rng.device) >= domains.count[classes].unsqueeze(1)
-    index = domains.first[classes].unsqueeze(1) + lots.masked_fill(beyond, 2).topk(n, largest=False).indices
-    return domains.images[index] / 127.5 - 1
+    """n images of each of the classes [T], different ones if it has as many, as floats in [-1, 1]  # [T, n, 784]"""
+    count = domains.count[classes].unsqueeze(1)
+    lots = torch.rand(len(classes), max(n, int(domains.count.max())), generator=rng, device=rng.device)
+    beyond = torch.arange(lots.shape[1], device=rng.device) >= count        # no images of the class: drawn last, if at all
+    index = lots.masked_fill(beyond, 2).topk(n, largest=False).indices % count
+    return domains.images[domains.first[classes].unsqueeze(1) + index] / 127.5 - 1
 
 def sample_pairs(domains, n, rng):
     """n random pairs of a source class and another class, the target, for meta-training  # int64 [n, 2]"""
     sources, targets = domains.roles["train"]
     pairs = torch.tensor([(s, t) for s in sources for t in targets if s != t], device=rng.device)
     return pairs[torch.randint(len(pairs), (n,), generator=rng, device=rng.device)]
-
-def warp(images, angle, log_scale, shear, shift):
-    """Turn, scale, slant and shift images [T, n, h, w], all n of a task alike; what comes from outside is 0  # [T, n, 28, 28]
-
-    angle in radians and shear [T]; log_scale and shift, in half widths, [2, T].
-    """
-    cos, sin, (sx, sy) = angle.cos(), angle.sin(), log_scale.exp()
-    matrix = torch.stack([cos * sx, (shear - sin) * sy, shift[0], sin * sx, cos * sy, shift[1]], 1).view(-1, 2, 3)
-    grid = F.affine_grid(matrix, (len(images), 1, 28, 28), align_corners=False)
-    return F.grid_sample(images, grid, align_corners=False)
 
 def new_domain(images, other, rng):
     """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
@@ -253,15 +248,19 @@ def new_domain(images, other, rng):
     learned by heart, where many variations of them teach to adapt.
     """
     tasks, n, _ = images.shape
-    u = torch.rand(12, tasks, 1, 1, 1, generator=rng, device=rng.device)
-    v = (2 * u - 1).view(12, tasks)
-    swap = (u[0, :, 0] < 0.3) & (torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5)
-    images = (torch.where(swap, other, images).view(tasks, n, 28, 28) + 1) / 2
-    warped = warp(images, (4 * u[1]).floor().view(-1) * math.pi / 2 + 0.35 * v[2], 0.25 * v[3:5], 0.3 * v[5], 0.15 * v[6:8])
-    warped = torch.where(u[8] < 0.5, warped.flip(-1), warped)
-    images = torch.where(u[9] < 0.75, warped, images).clamp(0, 1)
-    gamma = torch.where(u[10] < 0.3, torch.exp(1.5 * u[11] - 0.75), 1)
-    return images.pow(gamma).view(tasks, n, PIXELS) * 2 - 1
+    mix, mirror, move, bend, quarter, turn, size_x, size_y, slant, x, y, contrast = torch.rand(12, tasks, generator=rng, device=rng.device)
+    per_task = lambda t: t.view(-1, 1, 1, 1)
+    swapped = torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5 * (mix < 0.3).view(-1, 1, 1)
+    images = (torch.where(swapped, other, images).view(tasks, n, 28, 28) + 1) / 2
+    angle = (4 * quarter).floor() * math.pi / 2 + 0.7 * (turn - 0.5)
+    cos, sin, size_x, size_y = angle.cos(), angle.sin(), (size_x / 2 - 0.25).exp(), (size_y / 2 - 0.25).exp()
+    matrix = [cos * size_x, (0.6 * slant - 0.3 - sin) * size_y, 0.3 * x - 0.15, sin * size_x, cos * size_y, 0.3 * y - 0.15]
+    grid = F.affine_grid(torch.stack(matrix, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    warped = F.grid_sample(images, grid, align_corners=False)               # the n images of a task are channels of one
+    warped = torch.where(per_task(mirror < 0.5), warped.flip(-1), warped)
+    images = torch.where(per_task(move < 0.75), warped, images).clamp(0, 1)
+    gamma = torch.where(bend < 0.3, torch.exp(1.5 * contrast - 0.75), 1)
+    return images.pow(per_task(gamma)).view(tasks, n, PIXELS) * 2 - 1
 
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     """The images of T tasks, given as (source class, target class) pairs [T, 2].
@@ -301,18 +300,14 @@ def network(layers, x, slope, probes=None, dropout=0.0, rng=None):
     for i, layer in enumerate(layers):
         inputs.append(x)
         last = i == len(layers) - 1
-        addend = correction(x, layer, probes[i] if probes else None)
+        addend = probes[i] if probes else None
+        if layer.inputs is not None:        # equation (4): (x Xᵀ + 1) Δ  # [T, B, N]
+            remembered = (x @ layer.inputs.mT + 1) @ layer.deltas
+            addend = remembered if addend is None else remembered + addend
         x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=addend, backend=KERNEL)
         if dropout and not last:
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
     return x, inputs
-
-def correction(x, layer, probe):
-    """What the remembered steps add to a layer's pre-activation, equation (4): (x Xᵀ + 1) Δ  # [T, B, N]"""
-    if layer.inputs is None:
-        return probe
-    attention = x @ layer.inputs.mT + 1     # [T, B, r]
-    return attention @ layer.deltas if probe is None else torch.baddbmm(probe, attention, layer.deltas)
 
 def generator(theta, z, probes=None):
     """Noise z [T, B, 100] -> images in [-1, 1] [T, B, 784], and every layer's input."""
@@ -343,6 +338,11 @@ def fold(layer):
     if layer.inputs is None:
         return layer
     return Layer(layer.weight + layer.deltas.mT @ layer.inputs, layer.bias + layer.deltas.sum(1))
+
+def random_start(seed, device):
+    """The parameters of a new generator and discriminator, as a flat list."""
+    rng = torch.Generator(device).manual_seed(seed)
+    return tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng))
 
 def detach(layers):
     """The same layers, as constants."""
@@ -405,8 +405,10 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
 def inner_step(layers, rates, x, second_order, player, loss):
     """One gradient step of one player on loss(player(x)), in the dual form of equation (4).
 
-    The probes live for this one forward pass, so the gradient with respect to them is *partial* by construction: it
-    cannot flow into the other player's parameters, nor into the steps that made these ones.
+    The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation, which is that of
+    a zero, the probe, added there: to remember x and -a g is to take the step. A fake batch depends on theta_k, and
+    theta_k on phi_k: the gradient of D's loss with respect to phi_k itself would follow that path, too. Probes live for
+    one forward pass, so theirs is *partial* by construction, while the outer gradient still sees every path.
     """
     probes = [torch.zeros(*x.shape[:2], layer.weight.shape[-2], dtype=x.dtype, device=x.device, requires_grad=True) for layer in layers]
     output, inputs = player(layers, x, probes)
@@ -434,7 +436,8 @@ def meta_gradient(leaves, batches, query, algorithm, score, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   the inner gradients are constants (the same paper); with the energy score phi_0 then gets no gradient
+    fomaml   the inner gradients are constants (the same paper): with the energy score, which phi reaches only through
+             them, phi_0 then gets no gradient
     reptile  no outer loss: towards the adapted weights (Nichol et al. 2018, arXiv 1803.02999); the rates stay as they are
     """
     rates = leaves[-1].exp()
@@ -470,11 +473,11 @@ def update(optimizer, leaves, gradients, clip=math.inf):
         optimizer.step()
     return finite
 
-def gan_step(phase, real):
-    """A step of D and one of G, on real images [T, B, 784]; returns whether all was finite, and the losses."""
+def gan_step(phase, real, fakes):
+    """A step of D and one of G on real images [T, B, 784], `fakes` generated ones; returns whether all was finite, and the losses."""
     (theta, phi), (adam_g, adam_d), rng = players(phase["leaves"]), phase["optimizers"], phase["rng"]
     judge = lambda images: discriminator(phi, images, dropout=0.3, rng=rng)[0]
-    fake, _ = generator(theta, noise(*real.shape[:2], rng))
+    fake, _ = generator(theta, noise(len(real), fakes, rng))
     d = loss_d(judge(real), judge(fake.detach())).sum()
     finite = update(adam_d, tensors(phi), grad(d, tensors(phi)))
     g = loss_g(judge(fake)).sum()
@@ -488,7 +491,7 @@ def pretraining_step(phase, domains, augment):
     tasks = 4 if augment else GAN_BATCH
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
-    return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS))
+    return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
 def meta_step(phase, domains, settings):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average."""
@@ -506,7 +509,7 @@ def meta_step(phase, domains, settings):
 
 def run_phase(run, name, total, step, save):
     """Call step(phase) until `total` steps are done: show, log, save, and stop where the user or the numbers say so."""
-    phase, began, shown = run[name], time.perf_counter(), 0.0
+    phase, began, shown = run["phases"][name], time.perf_counter(), 0.0
     saved, first = began, phase["step"]
     while phase["step"] < total:
         finite, numbers = step(phase)
@@ -517,7 +520,7 @@ def run_phase(run, name, total, step, save):
             raise UserError(f"{name}: {PATIENCE} updates in a row were not finite; try a smaller --inner-lr or --meta-lr, or fewer --inner-steps")
         last, now = phase["step"] == total, time.perf_counter()
         if name == "meta-training" and (phase["step"] % 10 == 0 or last):
-            run["log"].append({"step": phase["step"], **numbers, "skipped": phase["skipped"], "domains": run["domains"]})
+            run["log"].append({"step": phase["step"], **numbers, "skipped": phase["skipped"], "domains": run["title"]})
         if last or now - shown > (0.2 if sys.stderr.isatty() else 10):
             speed, shown = (phase["step"] - first) / (now - began), now
             values = " ".join(f"{key} {value:.3g}" for key, value in numbers.items())
@@ -540,15 +543,13 @@ def train(run, domains, settings, save):
     Both baselines see as many images as meta-training, `transfer augmented` those of the very domains that it makes.
     """
     seen = settings.meta_steps * settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
-    rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
-    random_start = tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng))
     plain = lambda phase: pretraining_step(phase, domains, augment=False)
     augmented = lambda phase: pretraining_step(phase, domains, augment=True)
     episode = lambda phase: meta_step(phase, domains, settings)
     for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, plain), ("transfer", seen // GAN_BATCH, plain),
                                              ("transfer augmented", seen // GAN_BATCH, augmented), ("meta-training", settings.meta_steps, episode))):
-        if name not in run:
-            run[name] = new_phase(run["warm start"]["leaves"] if i else random_start, settings.seed + i, settings if step is episode else None)
+        if name not in run["phases"]:
+            run["phases"][name] = new_phase(run["phases"]["warm start"]["leaves"] if i else random_start(settings.seed, domains.images.device), settings.seed + i, settings if step is episode else None)
         run_phase(run, name, steps, step, save)
 
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
@@ -567,9 +568,11 @@ def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     phase = new_phase([t.expand(len(support), *t.shape) for t in leaves], seed)
     for adam in phase["optimizers"]:
         adam.param_groups[0]["lr"] = lr
-    for before, steps in zip((-len(sources), *test_steps), test_steps):
-        for real in [*sources, *[support] * steps][before + len(sources):]:
-            gan_step(phase, real)
+    for real in sources:
+        gan_step(phase, real, FAKES)
+    for before, steps in zip((0, *test_steps), test_steps):
+        for _ in range(steps - before):
+            gan_step(phase, support, FAKES)
         yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"]))[0].detach()
 
 def without_a_gan(support, n, rng):
@@ -652,7 +655,7 @@ def held_out_pairs(domains, seed):
 
 def draw_test(domains, pairs, settings, rng, augment=False):
     """Source batches and support of T tasks, and two equally large sets of other target images, fresh and reference."""
-    n = min(500, (min(int(domains.count[c]) for c in pairs[:, 1]) - settings.shots) // 2)
+    n = min(500, (min(int(domains.count[c]) for c in sum(domains.roles["train" if augment else "test"], [])) - settings.shots) // 2)
     sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
     return sources, support, rest[:, :n], rest[:, n:]
 
@@ -661,7 +664,7 @@ def choose_rates(leaves, domains, settings, classifier):
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
     test = draw_test(domains, pairs, settings, rng, augment=True)
-    for lr in GAN_RATES[-settings.tune_tasks:]:
+    for lr in settings.gan_rates:
         for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], settings.seed, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
@@ -673,10 +676,8 @@ def meta_test(run, domains, settings, classifier):
     baselines' learning rates.
     """
     pairs, results, film = held_out_pairs(domains, settings.seed), [], {}
-    rng = torch.Generator(domains.images.device).manual_seed(settings.seed + 1)
-    random_start = tensors(init_network(GENERATOR_SIZES, rng), init_network(DISCRIMINATOR_SIZES, rng))
-    baselines = {"from scratch": random_start, **{name: run[name]["leaves"] for name in ("transfer", "transfer augmented")}}
-    chosen = {}
+    rng, chosen = torch.Generator(domains.images.device).manual_seed(settings.seed + 1), {}
+    baselines = {"from scratch": random_start(settings.seed + 1, rng.device), **{name: run["phases"][name]["leaves"] for name in ("transfer", "transfer augmented")}}
     for name, leaves in baselines.items():
         show(f"choosing learning rates for '{name}'")
         chosen[name] = choose_rates(leaves, domains, settings, classifier)
@@ -694,7 +695,7 @@ def meta_test(run, domains, settings, classifier):
         record("real images", None, fresh)
         for method, samples in without_a_gan(support, n, rng):
             record(method, None, samples)
-        for steps, samples in few_shot(run["meta-training"]["average"], sources, support, n, rng, settings.test_steps):
+        for steps, samples in few_shot(run["phases"]["meta-training"]["average"], sources, support, n, rng, settings.test_steps):
             record("MT-GAN", steps, samples)
         for method, leaves in baselines.items():
             for lr in sorted(set(chosen[method].values())):
@@ -704,10 +705,11 @@ def meta_test(run, domains, settings, classifier):
     return pairs, results, film, chosen
 
 def interval(values):
-    """The mean and half its 95 % confidence interval; Student's t by its Cornish-Fisher expansion, good from 4 values on."""
-    n = max(2, len(values))
-    t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2
-    return np.mean(values), t * np.std(values) / math.sqrt(n - 1)
+    """'mean ± half the 95 % interval' of n values, as numbers: Student's t by its Cornish-Fisher expansion, good from n = 4 on."""
+    n = len(values)
+    t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2 if n > 1 else math.nan
+    finite = all(map(math.isfinite, values))
+    return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)) if finite and n > 1 else math.nan
 
 def print_tables(results, test_steps):
     """The three metrics: a row for each method, a column for each number of steps, mean ± half the 95 % interval."""
@@ -745,7 +747,7 @@ def draw_results(pairs, film, names, test_steps, out):
     strip = [(f"{names[target]}\n{method}", [grid_picture(images[i, :9], 3, 2) for images in
               [film["support", None], *[film[method, steps] for steps in test_steps]]])
              for target, i in sorted(place.items())[:6] for method in ("MT-GAN", "transfer")]
-    write_picture(out / "adaptation.png", table_picture(strip, ["support", *[f"{steps} steps" for steps in test_steps]]))
+    write_picture(out / "adaptation.png", table_picture(strip, ["support", *[f"{steps} step{'s' * (steps != 1)}" for steps in test_steps]]))
     rows = [(names[target], [grid_picture(film["MT-GAN", test_steps[-1]][i], 16, 2)]) for target, i in sorted(place.items())]
     write_picture(out / "samples.png", table_picture(rows, [f"MT-GAN, {test_steps[-1]} steps"]))
 
@@ -762,10 +764,9 @@ def write_whole(path, data):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        try:
-            temporary.unlink(missing_ok=True)
-        finally:
-            raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another --out") from error
 
 def write_picture(path, picture):
     buffer = io.BytesIO()
@@ -773,71 +774,106 @@ def write_picture(path, picture):
     write_whole(path, buffer.getvalue())
 
 def claim_folder(out, overwrite):
-    """Be sure that the output folder can be written to and that no other run's results are in it."""
-    taken = [name for name in ("checkpoint.pt", "report.json", "samples.png") if os.path.exists(out / name)]
+    """Be sure that the output folder can be written to and that nobody's results are in it; returns what is in the way."""
+    taken = [path for path in (*(out / name for name in ARTEFACTS), *out.glob("sample-*.png")) if path.is_file()]
     if taken and not overwrite:
-        raise UserError(f"{out} holds a run already ({taken[0]}): continue it with --resume, replace it with --overwrite, or choose another --out")
+        raise UserError(f"{out} holds a run already ({taken[0].name}): continue it with --resume, replace it with --overwrite, or choose another --out")
     write_whole(out / ".writable", b"")
     (out / ".writable").unlink()
+    return taken
 
-def is_phase(value):
-    return isinstance(value, dict) and "optimizers" in value
+def pack_phase(phase):
+    """A phase as tensors and primitives."""
+    return {**phase, "leaves": [t.detach() for t in phase["leaves"]], "rng": phase["rng"].get_state(),
+            "optimizers": [adam.state_dict() for adam in phase["optimizers"]]}
 
 def save_run(run, out):
     """checkpoint.pt, of tensors and primitives only, and log.csv."""
-    packed = {name: {**value, "optimizers": [adam.state_dict() for adam in value["optimizers"]], "rng": value["rng"].get_state(),
-                     "leaves": [t.detach() for t in value["leaves"]]} if is_phase(value) else value for name, value in run.items()}
     buffer, text = io.BytesIO(), io.StringIO(newline="")
-    torch.save(packed, buffer)
+    torch.save({**run, "phases": {name: pack_phase(phase) for name, phase in run["phases"].items()}}, buffer)
     write_whole(out / "checkpoint.pt", buffer.getvalue())
     table = csv.DictWriter(text, run["log"][0] if run["log"] else ["step"])
     table.writeheader()
     table.writerows(run["log"])
     write_whole(out / "log.csv", text.getvalue().encode())
 
-def load_run(folder, device):
-    """The run of a checkpoint, its phases ready to go on. Raises UserError for anything that is not one."""
-    path = Path(folder) / "checkpoint.pt" if os.path.isdir(folder) else Path(folder)
+def same_form(a, b):
+    """Whether a has the types, keys, shapes and finite numbers that b has. An optimiser's empty state is that of a new one."""
+    if torch.is_tensor(b):
+        return torch.is_tensor(a) and (a.shape, a.dtype) == (b.shape, b.dtype) and bool(a.isfinite().all())
+    if isinstance(b, dict):
+        return isinstance(a, dict) and (a == {} and 0 in b or a.keys() == b.keys() and all(same_form(a[key], b[key]) for key in b))
+    if isinstance(b, (list, tuple)):
+        return isinstance(a, (list, tuple)) and len(a) == len(b) and all(map(same_form, a, b))
+    return type(a) is type(b)
+
+def load_phase(saved, settings, device):
+    """The inverse of pack_phase. Raises ValueError unless all that is saved has the form that it must have."""
+    start = random_start(0, device)
+    phase = new_phase(start, 0, settings if saved["average"] else None)
+    for leaf in phase["leaves"]:
+        leaf.grad = torch.zeros_like(leaf)
+    for adam in phase["optimizers"]:
+        adam.step()                         # so that it has the state that a saved one has
+    if not same_form(saved, pack_phase(phase)):
+        raise ValueError("a phase of another form, or of another kind of device")
+    with torch.no_grad():
+        for leaf, value in zip(phase["leaves"], saved["leaves"]):
+            leaf.copy_(value)
+    for adam, state in zip(phase["optimizers"], saved["optimizers"]):
+        adam.load_state_dict(state)
+    phase["rng"].set_state(saved["rng"].cpu())
+    return {**saved, **{key: phase[key] for key in ("leaves", "optimizers", "rng")}}
+
+def load_run(path, device, resume):
+    """The run in a checkpoint, to `resume` with its phases ready to go on, or to deploy with the average alone checked.
+
+    Raises UserError for anything that is not one.
+    """
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
-    shapes = [shape for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for k, n in zip(sizes, sizes[1:]) for shape in ((n, k), (n,))]
     try:
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum is wrong")
         run = torch.load(path, map_location=device, weights_only=True)      # a stranger's file cannot run code
         settings = argparse.Namespace(**run["settings"])
-        for name, saved in [(name, value) for name, value in run.items() if is_phase(value)]:
-            flat = saved["leaves"]
-            if [t.shape for t in flat[:16]] != shapes or (name == "meta-training") != (len(flat) == 17):
-                raise ValueError("other networks than MT-GAN's")
-            phase = run[name] = {**saved, **new_phase(flat[:16], 0, settings if len(flat) == 17 else None)}
-            phase.update({key: saved[key] for key in ("step", "skipped", "in_a_row", "average")})
-            phase["leaves"][-1].data.copy_(flat[-1])
-            phase["rng"].set_state(saved["rng"].cpu())
-            for adam, state in zip(phase["optimizers"], saved["optimizers"], strict=True):
-                adam.load_state_dict(state)
+        if resume:
+            run["phases"] = {name: load_phase(saved, settings, device) for name, saved in run["phases"].items()}
+        form = {"settings": {}, "names": [], "count": [], "title": "", "log": [], "phases": {}, "seconds": 0.0}
+        if not all(type(run[key]) is type(value) for key, value in form.items()) or run["source images"].shape[1:] != (settings.shots, PIXELS):
+            raise ValueError("something is missing")
+        if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
+            raise ValueError("other networks than MT-GAN's")
+        if "classifier" in run:
+            new_classifier(len(run["names"])).load_state_dict(run["classifier"])
     except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
-        raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error)[:80]})") from error
+        raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
     return run
 
 def deploy(settings, device):
     """Adapt a trained initialisation to K images of a user's domain; write samples.png and every sample as a PNG."""
-    run, spec = load_run(settings.adapt, device), settings.target[0]
-    if "meta-training" not in run:
-        raise UserError(f"{settings.adapt} has not come to meta-training yet; finish it with --resume")
-    data, rng = load_dataset(spec, settings.data_dir), torch.Generator(device).manual_seed(settings.seed)
-    shots = settings.shots or min(25, len(data.images))
-    if shots > len(data.images):
-        raise UserError(f"--shots {shots}, but '{spec}' has {len(data.images)} image(s)")
-    folder = Path(settings.adapt) if os.path.isdir(settings.adapt) else Path(settings.adapt).parent
+    folder, spec = Path(settings.adapt), settings.target[0]
+    folder, path = (folder, folder / "checkpoint.pt") if folder.is_dir() else (folder.parent, folder)
+    run = load_run(path, device, resume=False)
+    if "meta-training" not in run["phases"]:
+        raise UserError(f"{path} has not come to meta-training yet; finish it with --resume")
+    name, classes = load_dataset(spec, settings.data_dir)
+    images, rng = torch.from_numpy(np.concatenate(list(classes.values()))), torch.Generator(device).manual_seed(settings.seed)
+    shots = settings.shots or min(25, len(images))
+    if shots > len(images):
+        raise UserError(f"--shots {shots}, but '{spec}' has {len(images)} image(s)")
     out = Path(settings.out or folder / f"adapted-{slug(spec)}")
-    claim_folder(out, settings.overwrite)
+    in_the_way = claim_folder(out, settings.overwrite)
     to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
-    support = to_float(torch.from_numpy(data.images)[torch.randperm(len(data.images), generator=rng, device=device)[:shots].cpu()])
-    sources = [to_float(images) for images in run["source images"]]
-    *_, (_, samples) = few_shot(run["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
+    support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
+    sources = [to_float(batch) for batch in run["source images"]]
+    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
+    for path in in_the_way:
+        path.unlink()
     for i, image in enumerate(samples[0]):
         write_picture(out / f"sample-{i:03}.png", torchvision.transforms.functional.to_pil_image((image.view(1, 28, 28) + 1) / 2))
     write_picture(out / "samples.png", grid_picture(samples[0], math.ceil(math.sqrt(settings.samples)), 3))
-    print(f"{settings.steps} steps on {shots} images of {data.name}; {settings.samples} samples are in {out}")
+    print(f"{settings.steps} steps on {shots} images of {name}; {settings.samples} samples are in {out}")
 
 def slug(text):
     """A spec as part of a file name."""
@@ -860,86 +896,90 @@ def number(kind, low, high):
 def parse_arguments(argv):
     parser = argparse.ArgumentParser("mtgan.py", description="Meta-train a GAN over pairs of image domains, test it on held-out pairs, deploy it.",
                                      epilog="SPEC: mnist, fashion, kmnist, emnist, qmnist, usps, the built-in digits and garments, or a folder of "
-                                            "images; mnist:0-6,9 is some classes of it.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                            "images; mnist:0-6,9 is some classes of it.")
 
     def refuse(message):
         raise UserError(f"{message} (--help lists all options)")
 
     parser.error, option = refuse, parser.add_argument
-    option("--source", nargs="+", default=["mnist"], metavar="SPEC", help="source domains")
-    option("--target", nargs="+", default=["fashion"], metavar="SPEC", help="target domains")
-    option("--data-dir", default="data", help="where torchvision's datasets are, or are downloaded to")
+    option("--source", nargs="+", default=["mnist"], metavar="SPEC", help="source domains (default: mnist)")
+    option("--target", nargs="+", default=["fashion"], metavar="SPEC", help="target domains (default: fashion)")
+    option("--data-dir", default="data", help="where torchvision's datasets are, or are downloaded to (default: data)")
     option("--out", help="where results go (default: runs/<source>-<target>)")
     option("--resume", action="store_true", help="continue the run in --out")
     option("--overwrite", action="store_true", help="replace what is in --out")
     option("--dry-run", action="store_true", help="everything once, tiny, in under a minute")
     option("--seed", type=number(int, 0, 2**31), default=0)
-    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    option("--kernel", choices=("auto", "torch", "triton"), default="auto", help="what computes the linear layers")
-    option("--save-seconds", type=number(float, 0, math.inf), default=30, help="time from one checkpoint to the next")
+    option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
+    option("--kernel", choices=("auto", "torch", "triton"), default="auto", help="what computes the linear layers (default: auto)")
+    option("--save-seconds", type=number(float, 0, math.inf), default=30, help="time from one checkpoint to the next (default: 30)")
     # the episode
     option("--shots", type=number(int, 1, 1000), help="support images of a task (default: 25)")
-    option("--inner-steps", type=number(int, 1, 100), default=5, help="inner steps on the support")
-    option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those")
-    option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth")
+    option("--inner-steps", type=number(int, 1, 100), default=5, help="inner steps on the support (default: 5)")
+    option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those (default: 0)")
+    option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
-    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss")
-    option("--warm-steps", type=number(int, 0, 10**7), default=6000, help="steps of ordinary GAN training to start from")
-    option("--meta-steps", type=number(int, 1, 10**7), default=500, help="episodes of meta-training")
-    option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode")
-    option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate")
-    option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing")
+    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
+    option("--warm-steps", type=number(int, 0, 10**7), default=6000, help="steps of ordinary GAN training to start from (default: 6000)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=500, help="episodes of meta-training (default: 500)")
+    option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
+    option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate (default: 2e-4)")
+    option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing (default: 2)")
     # deployment
     option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
-    option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate")
-    option("--steps", type=number(int, 1, 10000), default=20, help="how many inner steps on the user's images")
+    option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate (default: 64)")
+    option("--steps", type=number(int, 1, 10000), default=20, help="how many inner steps on the user's images (default: 20)")
     settings = parser.parse_args(argv)
     if settings.resume and settings.overwrite:
         refuse("--resume and --overwrite exclude each other")
     if settings.adapt:
         return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
     settings.shots, settings.queries, settings.test_steps = settings.shots or 25, QUERIES, list(TEST_STEPS)
-    settings.tune_tasks, settings.classifier_steps = 6, 500
+    settings.tune_tasks, settings.classifier_steps, settings.gan_rates = 6, 500, list(GAN_RATES)
     if settings.dry_run:
         settings.overwrite |= settings.out is None and not settings.resume
-        settings.out, settings.shots, settings.test_steps = settings.out or "runs/dry-run", min(settings.shots, 10), [0, 1, 2, 5]
-        settings.warm_steps, settings.meta_steps, settings.meta_batch, settings.test_seeds = 20, 3, 2, 1
-        settings.tune_tasks, settings.classifier_steps = 2, 60
+        settings.out, settings.test_steps, settings.gan_rates = settings.out or "runs/dry-run", [0, 1, 2, 5], [5e-4, 2e-3]
+        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60}.items():
+            setattr(settings, name, min(getattr(settings, name), most))
     settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
 
-def check_enough_images(domains, settings):
-    """Refuse more shots than the classes have images; make do with fewer query images."""
-    for role, spare in (("train", 2), ("test", 4)):         # an energy distance takes two queries, two covariances four images
-        for c in {*domains.roles[role][0], *domains.roles[role][1]}:
-            left = int(domains.count[c]) - settings.shots
-            if left < spare:
-                raise UserError(f"--shots {settings.shots}, but '{domains.names[c]}' has {settings.shots + left} image(s), "
-                                f"and {spare} more than the shots are needed to score with")
-            settings.queries = min(settings.queries, left) if role == "train" else settings.queries
-
-def whole_story(settings, device):
-    """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
-    out, began = Path(settings.out), time.perf_counter()
-    run = load_run(out, device) if settings.resume else claim_folder(out, settings.overwrite)
-    domains = load_domains(settings.source, settings.target, settings.data_dir, device)
-    check_enough_images(domains, settings)
+def prepare_run(settings, device):
+    """Load the domains and begin a run, or load the one in --out to go on with."""
+    out = Path(settings.out)
+    in_the_way = [] if settings.resume else claim_folder(out, settings.overwrite)
+    run = load_run(out / "checkpoint.pt", device, resume=True) if settings.resume else None
+    domains = load_domains(settings.source, settings.target, settings.shots, settings.data_dir, device)
+    settings.queries = min([QUERIES, *(int(domains.count[c]) - settings.shots for c in domains.roles["train"][1])])
+    images = {"names": domains.names, "count": domains.count.tolist(), "title": domains.title}
     if run:
         may_change = {"out", "resume", "overwrite", "data_dir", "device", "kernel", "save_seconds", "test_seeds"}
         for key in vars(settings).keys() - may_change:
             if run["settings"].get(key) != getattr(settings, key):
                 raise UserError(f"{out} was begun with {key} = {run['settings'].get(key)}, not {getattr(settings, key)}; --resume takes the same settings")
-        if (run["names"], run["count"]) != (domains.names, domains.count.tolist()):
-            raise UserError(f"{out} was begun with other images, of {run['domains']}")
-    else:
-        rng = torch.Generator(device).manual_seed(settings.seed)
-        sources = sample_pairs(domains, settings.source_steps, rng)[:, 0]
-        run = {"domains": " and ".join(dict.fromkeys(name.rsplit(" ", 1)[0] for name in domains.names)), "names": domains.names,
-               "count": domains.count.tolist(), "log": [],
-               "source images": ((sample_images(domains, sources, settings.shots, rng) + 1) * 127.5).round().byte()}
-    run["settings"] = vars(settings)
-    save = lambda: save_run(run, out)
+        if any(run[key] != value for key, value in images.items()):
+            raise UserError(f"{out} was begun with other images, of {run['title']}")
+        return {**run, "settings": vars(settings)}, domains
+    rng = torch.Generator(device).manual_seed(settings.seed)
+    sources = sample_pairs(domains, settings.source_steps, rng)[:, 0]
+    run = {"settings": vars(settings), **images, "log": [], "phases": {}, "seconds": 0.0,      # what deployment needs of the source
+           "source images": ((sample_images(domains, sources, settings.shots, rng) + 1) * 127.5).round().byte()}
+    save_run(run, out)
+    for path in in_the_way:
+        if path.name not in ("checkpoint.pt", "log.csv"):
+            path.unlink()
+    return run, domains
+
+def whole_story(settings, device):
+    """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
+    run, domains = prepare_run(settings, device)
+    out, began = Path(settings.out), time.perf_counter() - run["seconds"]
+
+    def save():
+        run["seconds"] = time.perf_counter() - began
+        save_run(run, out)
+
     signal.signal(signal.SIGINT, lambda *_: (INTERRUPTED.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     train(run, domains, settings, save)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -951,14 +991,15 @@ def whole_story(settings, device):
         save()
     classifier.load_state_dict(run["classifier"])
     pairs, results, film, chosen = meta_test(run, domains, settings, classifier)
-    print(f"\n{run['domains']}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
+    print(f"\n{domains.title}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
     print_tables(results, settings.test_steps)
-    seconds = time.perf_counter() - began
-    report = {"settings": vars(settings), "domains": run["domains"], "held_out_pairs": [[domains.names[c] for c in pair] for pair in pairs.tolist()],
-              "classifier_accuracy": run["accuracy"], "learning_rates": chosen, "seconds": seconds, "results": results}
+    run["seconds"] = time.perf_counter() - began
+    report = {"settings": vars(settings), "domains": domains.title, "held_out_pairs": [[domains.names[c] for c in pair] for pair in pairs.tolist()],
+              "classifier_accuracy": run["accuracy"], "learning_rates": chosen, "seconds": run["seconds"],
+              "results": [{key: value if value != math.inf else None for key, value in result.items()} for result in results]}
     write_whole(out / "report.json", json.dumps(report, indent=1).encode())
     draw_results(pairs, film, domains.names, settings.test_steps, out)
-    print(f"\n{out}: checkpoint.pt, log.csv, report.json, adaptation.png, samples.png, in {seconds:.0f} s")
+    print(f"\n{out}: {', '.join(ARTEFACTS)}, in {run['seconds']:.0f} s")
 
 def main(argv=None):
     """Run the command line; returns the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."""
@@ -970,39 +1011,24 @@ def main(argv=None):
         KERNEL, device = settings.kernel, pick_device(settings.device)
         if KERNEL == "triton" and why_not_triton(device):
             raise UserError(f"--kernel triton: {why_not_triton(device)}")
-        allow_onednn()
+        if device.type == "cpu":
+            allow_onednn([sizes[i:i + 2] for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for i in range(3)])
         show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", True)
         deploy(settings, device) if settings.adapt else whole_story(settings, device)
     except UserError as error:
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        saved = settings and not settings.adapt and os.path.exists(Path(settings.out) / "checkpoint.pt")
-        print("\ninterrupted" + f"; the same command with --resume continues from {settings.out}" * bool(saved), file=sys.stderr)
+        saved = settings and not settings.adapt and (Path(settings.out) / "checkpoint.pt").exists()
+        print("\ninterrupted" + f"; continue {settings.out} with --resume and the same settings, without --overwrite" * bool(saved), file=sys.stderr)
         return 130
     return 0
-
-def allow_onednn():
-    """Let PyTorch compute CPU products with oneDNN, on AMD twice as fast as its default, where that stays full float32.
-
-    The setting permits bfloat16 inside; processors without units for that compute in float32 all the same, which is
-    measured here on products of the networks' shapes. Elsewhere the default comes back.
-    """
-    rng = torch.Generator().manual_seed(0)
-    setting = torch.backends.mkldnn.matmul
-    for n, k, m in ((200, *DISCRIMINATOR_SIZES[:2]), (25, *GENERATOR_SIZES[:2]), (100, *GENERATOR_SIZES[2:4])):
-        x, w = torch.randn(n, k, generator=rng), torch.randn(k, m, generator=rng)
-        exact = x.double() @ w.double()
-        setting.fp32_precision = "bf16"
-        if (x @ w - exact).norm() > 1e-6 * exact.norm():
-            setting.fp32_precision = "ieee"
-            return
 
 def pick_device(name):
     """The device of that name, 'auto' being a GPU where there is one. Raises UserError where it cannot be used."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        torch.zeros(1, device=device)
+        torch.rand(1, generator=torch.Generator(device), device=device).item()
     except Exception as error:
         raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
     return device
