@@ -538,18 +538,20 @@ def show(line, last=False):
     print(line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 def train(run, domains, settings, save):
-    """All training, each phase from where it stands: the warm start, two baselines that go on from it, and meta-training.
+    """All training, each phase from where it stands: the warm start, then the transfer baseline and meta-training from there.
 
-    Both baselines see as many images as meta-training, `transfer augmented` those of the very domains that it makes.
+    The warm start ends with a third of its steps on made-up domains; transfer goes on with those, for as many images as
+    meta-training sees.
     """
-    seen = settings.meta_steps * settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
-    plain = lambda phase: pretraining_step(phase, domains, augment=False)
-    augmented = lambda phase: pretraining_step(phase, domains, augment=True)
+    device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
+    warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
+    go_on = lambda phase: pretraining_step(phase, domains, augment=True)
     episode = lambda phase: meta_step(phase, domains, settings)
-    for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, plain), ("transfer", seen // GAN_BATCH, plain),
-                                             ("transfer augmented", seen // GAN_BATCH, augmented), ("meta-training", settings.meta_steps, episode))):
+    for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, warm_up), ("transfer", settings.meta_steps * seen // GAN_BATCH, go_on),
+                                             ("meta-training", settings.meta_steps, episode))):
         if name not in run["phases"]:
-            run["phases"][name] = new_phase(run["phases"]["warm start"]["leaves"] if i else random_start(settings.seed, domains.images.device), settings.seed + i, settings if step is episode else None)
+            start = run["phases"]["warm start"]["leaves"] if i else random_start(settings.seed, device)
+            run["phases"][name] = new_phase(start, settings.seed + i, settings if step is episode else None)
         run_phase(run, name, steps, step, save)
 
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
@@ -677,7 +679,7 @@ def meta_test(run, domains, settings, classifier):
     """
     pairs, results, film = held_out_pairs(domains, settings.seed), [], {}
     rng, chosen = torch.Generator(domains.images.device).manual_seed(settings.seed + 1), {}
-    baselines = {"from scratch": random_start(settings.seed + 1, rng.device), **{name: run["phases"][name]["leaves"] for name in ("transfer", "transfer augmented")}}
+    baselines = {"from scratch": random_start(settings.seed + 1, rng.device), "transfer": run["phases"]["transfer"]["leaves"]}
     for name, leaves in baselines.items():
         show(f"choosing learning rates for '{name}'")
         chosen[name] = choose_rates(leaves, domains, settings, classifier)
@@ -868,11 +870,12 @@ def deploy(settings, device):
     support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
     sources = [to_float(batch) for batch in run["source images"]]
     *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
+    samples = samples[0].cpu()
     for path in in_the_way:
         path.unlink()
-    for i, image in enumerate(samples[0]):
+    for i, image in enumerate(samples):
         write_picture(out / f"sample-{i:03}.png", torchvision.transforms.functional.to_pil_image((image.view(1, 28, 28) + 1) / 2))
-    write_picture(out / "samples.png", grid_picture(samples[0], math.ceil(math.sqrt(settings.samples)), 3))
+    write_picture(out / "samples.png", grid_picture(samples, math.ceil(math.sqrt(settings.samples)), 3))
     print(f"{settings.steps} steps on {shots} images of {name}; {settings.samples} samples are in {out}")
 
 def slug(text):
@@ -884,13 +887,10 @@ def slug(text):
 def number(kind, low, high):
     """An argparse type: a number from low to high."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not a {'whole ' * (kind is int)}number from {low:g} to {high:g}")
     return parse
 
 def parse_arguments(argv):
@@ -921,7 +921,7 @@ def parse_arguments(argv):
     # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
     option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
-    option("--warm-steps", type=number(int, 0, 10**7), default=6000, help="steps of ordinary GAN training to start from (default: 6000)")
+    option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=500, help="episodes of meta-training (default: 500)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate (default: 2e-4)")
