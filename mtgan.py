@@ -457,7 +457,7 @@ def new_phase(flat, seed, settings=None):
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
-        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 100 * settings.meta_lr}]]
+        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 25 * settings.meta_lr}]]
     else:
         groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
     return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves if settings],
@@ -534,7 +534,7 @@ def run_phase(run, name, total, step, save):
 def show(line, last=False):
     """Progress on stderr: one line written over and over on a terminal, plain lines elsewhere."""
     terminal = sys.stderr.isatty()
-    line = "\r\x1b[K" + line[:os.get_terminal_size(2).columns - 1] if terminal else line
+    line = "\r\x1b[K" + line[:(os.get_terminal_size(2).columns or 80) - 1] if terminal else line
     print(line, end="" if terminal and not last else "\n", file=sys.stderr, flush=True)
 
 def train(run, domains, settings, save):
@@ -922,7 +922,7 @@ def parse_arguments(argv):
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
     option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=500, help="episodes of meta-training (default: 500)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=600, help="episodes of meta-training (default: 600)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate (default: 2e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing (default: 2)")
