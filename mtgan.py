@@ -290,34 +290,32 @@ def init_network(sizes, rng):
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
 
-def network(layers, x, slope, probes=None, dropout=0.0, rng=None):
-    """Linear layers with LeakyReLU between them.
+def network(layers, x, slope, trace=None, dropout=0.0, rng=None):
+    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
 
-    x [T, B, K]; probes: a zero tensor per layer, added to its pre-activation so that the gradient with respect to the
-    probe is the gradient of the pre-activation. Returns the last layer's output [T, B, N] and every layer's input.
+    trace: a list that gets each layer's input and its probe, what was added to the pre-activation. The gradient with
+    respect to the probe is that of the pre-activation.
     """
-    inputs = []
     for i, layer in enumerate(layers):
-        inputs.append(x)
-        last = i == len(layers) - 1
-        addend = probes[i] if probes else None
-        if layer.inputs is not None:        # equation (4): (x Xᵀ + 1) Δ  # [T, B, N]
-            remembered = (x @ layer.inputs.mT + 1) @ layer.deltas
-            addend = remembered if addend is None else remembered + addend
-        x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=addend, backend=KERNEL)
+        probe, last = None, i == len(layers) - 1
+        if layer.inputs is not None:
+            probe = (x @ layer.inputs.mT + 1) @ layer.deltas                # equation (4)  # [T, B, N]
+        elif trace is not None:
+            probe = x.new_zeros(*x.shape[:2], layer.weight.shape[-2])
+        if trace is not None:
+            trace.append((x, probe if probe.requires_grad else probe.requires_grad_()))
+        x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=probe, backend=KERNEL)
         if dropout and not last:
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
-    return x, inputs
+    return x
 
-def generator(theta, z, probes=None):
-    """Noise z [T, B, 100] -> images in [-1, 1] [T, B, 784], and every layer's input."""
-    x, inputs = network(theta, z, 0.0, probes)
-    return x.tanh(), inputs
+def generator(theta, z, trace=None):
+    """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
+    return network(theta, z, 0.0, trace).tanh()
 
-def discriminator(phi, x, probes=None, dropout=0.0, rng=None):
-    """Images [T, B, 784] -> logits [T, B], positive where D thinks them real, and every layer's input."""
-    x, inputs = network(phi, x, 0.2, probes, dropout, rng)
-    return x.squeeze(-1), inputs
+def discriminator(phi, x, trace=None, dropout=0.0, rng=None):
+    """Images [T, B, 784] -> logits, positive where D thinks them real  # [T, B]"""
+    return network(phi, x, 0.2, trace, dropout, rng).squeeze(-1)
 
 def remember(layers, inputs, deltas):
     """The layers after one more step: memory grows by the step's rows, until plain weights are cheaper.
@@ -393,26 +391,27 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """
     for real in batches:
         tasks, shots, _ = real.shape
-        fake, _ = generator(theta, noise(tasks, FAKES, rng))
+        fake = generator(theta, noise(tasks, FAKES, rng))
         images = torch.cat([real, fake.detach() if own_paths else fake], 1)
         phi = inner_step(phi, rates[1], images, second_order, discriminator,
                          lambda logits: loss_d(logits[:, :shots], logits[:, shots:]))
         judge = detach(phi) if own_paths else phi
         theta = inner_step(theta, rates[0], noise(tasks, FAKES, rng), second_order, generator,
-                           lambda images: loss_g(discriminator(judge, images)[0]))
+                           lambda images: loss_g(discriminator(judge, images)))
     return theta, phi
 
 def inner_step(layers, rates, x, second_order, player, loss):
     """One gradient step of one player on loss(player(x)), in the dual form of equation (4).
 
     The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation, which is that of
-    a zero, the probe, added there: to remember x and -a g is to take the step. A fake batch depends on theta_k, and
-    theta_k on phi_k: the gradient of D's loss with respect to phi_k itself would follow that path, too. Probes live for
-    one forward pass, so theirs is *partial* by construction, while the outer gradient still sees every path.
+    the probe added there: to remember x and -a g is to take the step. A fake batch depends on theta_k, and theta_k on
+    phi_k: the gradient of D's loss with respect to phi_k itself would follow that path, too. Probes live for one forward
+    pass, so theirs is *partial* by construction, while the outer gradient still sees every path.
     """
-    probes = [torch.zeros(*x.shape[:2], layer.weight.shape[-2], dtype=x.dtype, device=x.device, requires_grad=True) for layer in layers]
-    output, inputs = player(layers, x, probes)
-    gradients = grad(loss(output).sum(), probes, create_graph=second_order)
+    trace = []
+    total = loss(player(layers, x, trace)).sum()
+    inputs, probes = zip(*trace)
+    gradients = grad(total, probes, create_graph=second_order)
     if not second_order:
         inputs = [t.detach() for t in inputs]
     return remember(layers, inputs, [-rate * g for rate, g in zip(rates, gradients)])
@@ -426,11 +425,11 @@ def outer_loss(theta, phi, query, score, rng):
     learns to adapt and phi_0 learns to teach. 'adversarial': the game's own losses, each player against a constant
     opponent; `adapt` needs own_paths with it.
     """
-    fake, _ = generator(theta, noise(len(query), query.shape[1], rng))
+    fake = generator(theta, noise(len(query), query.shape[1], rng))
     if score == "energy":
         return energy_distance(fake, query)
-    d = loss_d(discriminator(phi, query)[0], discriminator(phi, fake.detach())[0])
-    return d + loss_g(discriminator(detach(phi), fake)[0])
+    d = loss_d(discriminator(phi, query), discriminator(phi, fake.detach()))
+    return d + loss_g(discriminator(detach(phi), fake))
 
 def meta_gradient(leaves, batches, query, algorithm, score, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
@@ -476,8 +475,8 @@ def update(optimizer, leaves, gradients, clip=math.inf):
 def gan_step(phase, real, fakes):
     """A step of D and one of G on real images [T, B, 784], `fakes` generated ones; returns whether all was finite, and the losses."""
     (theta, phi), (adam_g, adam_d), rng = players(phase["leaves"]), phase["optimizers"], phase["rng"]
-    judge = lambda images: discriminator(phi, images, dropout=0.3, rng=rng)[0]
-    fake, _ = generator(theta, noise(len(real), fakes, rng))
+    judge = lambda images: discriminator(phi, images, dropout=0.3, rng=rng)
+    fake = generator(theta, noise(len(real), fakes, rng))
     d = loss_d(judge(real), judge(fake.detach())).sum()
     finite = update(adam_d, tensors(phi), grad(d, tensors(phi)))
     g = loss_g(judge(fake)).sum()
@@ -563,7 +562,7 @@ def few_shot(leaves, sources, support, n, rng, test_steps):
     theta, phi = adapt(*players(leaves), rates, sources, rng, second_order=False)
     for before, steps in zip((0, *test_steps), test_steps):
         theta, phi = adapt(theta, phi, rates, [support] * (steps - before), rng, second_order=False)
-        yield steps, generator(theta, noise(len(support), n, rng))[0]
+        yield steps, generator(theta, noise(len(support), n, rng))
 
 def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     """The same of a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
@@ -575,7 +574,7 @@ def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     for before, steps in zip((0, *test_steps), test_steps):
         for _ in range(steps - before):
             gan_step(phase, support, FAKES)
-        yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"]))[0].detach()
+        yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"])).detach()
 
 def without_a_gan(support, n, rng):
     """What a sceptic tries first with the support [T, K, 784]; yields (name, n 'samples' [T, n, 784])."""
