@@ -921,7 +921,7 @@ def parse_arguments(argv):
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
     option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=600, help="episodes of meta-training (default: 600)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate (default: 2e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing (default: 2)")
