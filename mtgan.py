@@ -1,4 +1,4 @@
-"""MT-GAN: a Meta-Transfer Generative Adversarial Network, whole, in one file.
+"""MT-GAN: a Meta-Transfer Generative Adversarial Network, to be read from top to bottom; its linear layer is in kernels.py.
 
 A GAN trained from scratch wants many images and many steps. MT-GAN meta-trains the *initialisation* of a generator
 and a discriminator over many (source domain, target domain) pairs, so that on a new pair a few images and a few
@@ -16,7 +16,7 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(theta_K), query), through all K inner steps
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(adapted theta), query), through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -81,10 +81,11 @@ def load_dataset(spec, data_dir):
         raise UserError(f"unknown domain '{spec}': neither a folder nor one of {', '.join([*TORCHVISION, *BUILT_IN])}; "
                         "a list of classes looks like mnist:0-6,9")
     ranges = re.findall(r"(\d+)(?:-(\d+))?", chosen)
-    wanted = sorted({c for low, high in ranges for c in range(int(low), min(int(high or low), len(classes)) + 1)})
-    if chosen and (not wanted or wanted[-1] >= len(classes)):
+    ranges = [(int(low), int(high or low)) for low, high in ranges]
+    if chosen and not (ranges and all(low <= high < len(classes) for low, high in ranges)):
         raise UserError(f"'{spec}': {name} has the classes 0 to {len(classes) - 1}")
-    return name, {label: images for c, (label, images) in enumerate(classes.items()) if c in wanted or not chosen}
+    return name, {label: images for c, (label, images) in enumerate(classes.items())
+                  if not chosen or any(low <= c <= high for low, high in ranges)}
 
 def load_torchvision(name, data_dir):
     """All parts of a torchvision dataset, from data_dir or the network, else the built-in that stands in for it."""
@@ -219,10 +220,10 @@ def load_domains(source_specs, target_specs, shots, data_dir, device):
     held_out = {spec: own[-min(HELD_OUT, max(1, len(own) // 3)):] for spec, own in specs.items()}
     kept = {spec: [name for name in own if not any(name in h for h in held_out.values())] for spec, own in specs.items()}
     roles = {}
-    for role, own in (("train", kept), ("test", held_out)):
-        roles[role] = [list(dict.fromkeys(names.index(name) for spec in specs for name in own[spec])) for specs in (source_specs, target_specs)]
+    for role, classes in (("train", kept), ("test", held_out)):
+        roles[role] = [list(dict.fromkeys(names.index(name) for spec in side for name in classes[spec])) for side in (source_specs, target_specs)]
         if not any(s != t for s in roles[role][0] for t in roles[role][1]):
-            raise UserError(f"no pair of two different classes is left to {role} on: a third of every domain's classes is held out, so name more")
+            raise UserError(f"no pair of two different classes is left to {role} on: of every domain a third of the classes, {HELD_OUT} at most, is held out, so name more")
     count = torch.tensor([len(content) for content in images.values()], device=device)
     everything = torch.from_numpy(np.concatenate(list(images.values()))).to(device)
     return Domains(everything, count.cumsum(0) - count, count, names, " and ".join(dict.fromkeys(titles)), roles)
@@ -311,7 +312,7 @@ def network(layers, x, slope, trace=None, dropout=0.0, rng=None):
 
 def generator(theta, z, trace=None):
     """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
-    return network(theta, z, 0.0, trace).tanh()
+    return network(theta, z, 0.0, trace).tanh()         # slope 0 is ReLU
 
 def discriminator(phi, x, trace=None, dropout=0.0, rng=None):
     """Images [T, B, 784] -> logits, positive where D thinks them real  # [T, B]"""
@@ -384,7 +385,7 @@ def energy_distance(x, y):
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
 
-    theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, K, 784].
+    theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784].
     second_order: keep the graph, so that a loss of the result can be differentiated through all steps; without it the
     steps' gradients are constants, as in first-order MAML. own_paths: each player's steps see the other as a constant,
     so that no player learns an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
@@ -437,7 +438,7 @@ def meta_gradient(leaves, batches, query, algorithm, score, rng):
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): with the energy score, which phi reaches only through
              them, phi_0 then gets no gradient
-    reptile  no outer loss: towards the adapted weights (Nichol et al. 2018, arXiv 1803.02999); the rates stay as they are
+    reptile  towards the adapted weights, the loss is only shown (Nichol et al. 2018, arXiv 1803.02999); the rates stay
     """
     rates = leaves[-1].exp()
     adapted = adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=score == "adversarial")
@@ -487,7 +488,7 @@ def pretraining_step(phase, domains, augment):
     """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
     rng = phase["rng"]
     classes = torch.tensor(sorted({*domains.roles["train"][0], *domains.roles["train"][1]}), device=rng.device)
-    tasks = 4 if augment else GAN_BATCH
+    tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image from a class of its own
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
     return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
@@ -565,7 +566,7 @@ def few_shot(leaves, sources, support, n, rng, test_steps):
         yield steps, generator(theta, noise(len(support), n, rng))
 
 def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
-    """The same of a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
+    """As `few_shot`, for a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
     phase = new_phase([t.expand(len(support), *t.shape) for t in leaves], seed)
     for adam in phase["optimizers"]:
         adam.param_groups[0]["lr"] = lr
@@ -577,7 +578,7 @@ def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
         yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"])).detach()
 
 def without_a_gan(support, n, rng):
-    """What a sceptic tries first with the support [T, K, 784]; yields (name, n 'samples' [T, n, 784])."""
+    """What a sceptic tries first with the support [T, shots, 784]; yields (name, n 'samples' [T, n, 784])."""
     tasks, shots, _ = support.shape
     mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     pick = lambda: torch.stack([images[torch.randint(shots, (n,), generator=rng, device=rng.device)] for images in support])
@@ -597,9 +598,8 @@ def new_classifier(classes):
     return nn.Sequential(features, nn.Linear(64, classes))
 
 def train_classifier(domains, steps, seed):
-    """The judge of generated images, which trains nothing: tells all classes apart, held-out ones as well.
-
-    Returns it with its accuracy on a tenth of the images that it was not trained on.
+    """The judge of generated images tells all classes apart, held-out ones as well. No GAN is trained on it: it measures,
+    and chooses the baselines' learning rates. Returns it with its accuracy on a tenth of the images, kept from its training.
     """
     torch.manual_seed(seed)
     device = domains.images.device
@@ -713,7 +713,8 @@ def interval(values):
     return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n)) if finite and n > 1 else math.nan
 
 def print_tables(results, test_steps):
-    """The three metrics: a row for each method, a column for each number of steps, mean ± half the 95 % interval."""
+    """The three metrics: a row for each method, a column for each number of steps (one number where a method takes none),
+    mean ± half the 95 % interval."""
     for metric, title, digits in (("frechet", "Fréchet distance on the classifier's features: lower is better", 0),
                                   ("recognised", "share recognised as the target class: higher is better", 2),
                                   ("nearest", "distance to the nearest support image over that of real images: well under 1 is memorised", 2)):
@@ -737,7 +738,7 @@ def table_picture(rows, headers):
     for j, header in enumerate(headers):
         draw.text((left + width * (j + 0.5), top / 2), header, 0, font, anchor="mm")
     for i, (label, pictures) in enumerate(rows):
-        draw.text((8, top + height * (i + 0.5)), re.sub(r" (?=\()|(?<=\)) ", "\n", label), 0, font, anchor="lm")
+        draw.text((8, top + height * (i + 0.5)), re.sub(r" (?=\()|(?<=\)) ", "\n", label), 0, font, anchor="lm")     # "(stand-in for …)" has its own line
         for j, picture in enumerate(pictures):
             canvas.paste(picture, (left + width * j, top + height * i))
     return canvas
@@ -817,7 +818,7 @@ def load_phase(saved, settings, device):
     for adam in phase["optimizers"]:
         adam.step()                         # so that it has the state that a saved one has
     if not same_form(saved, pack_phase(phase)):
-        raise ValueError("a phase of another form, or of another kind of device")
+        raise ValueError("a phase of another form, or begun on another kind of device")
     with torch.no_grad():
         for leaf, value in zip(phase["leaves"], saved["leaves"]):
             leaf.copy_(value)
@@ -864,12 +865,16 @@ def deploy(settings, device):
     if shots > len(images):
         raise UserError(f"--shots {shots}, but '{spec}' has {len(images)} image(s)")
     out = Path(settings.out or folder / f"adapted-{slug(spec)}")
+    if (out / "checkpoint.pt").exists():
+        raise UserError(f"{out} holds a run; choose another --out for the samples")
     in_the_way = claim_folder(out, settings.overwrite)
     to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
     support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
     sources = [to_float(batch) for batch in run["source images"]]
     *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
     samples = samples[0].cpu()
+    if not samples.isfinite().all():
+        raise UserError(f"the adaptation diverged within {settings.steps} steps; take fewer --steps, or more --shots")
     for path in in_the_way:
         path.unlink()
     for i, image in enumerate(samples):
@@ -904,21 +909,21 @@ def parse_arguments(argv):
     option("--source", nargs="+", default=["mnist"], metavar="SPEC", help="source domains (default: mnist)")
     option("--target", nargs="+", default=["fashion"], metavar="SPEC", help="target domains (default: fashion)")
     option("--data-dir", default="data", help="where torchvision's datasets are, or are downloaded to (default: data)")
-    option("--out", help="where results go (default: runs/<source>-<target>)")
+    option("--out", help="where results go (default: runs/<source>-<target>, runs/dry-run, or with --adapt RUN/adapted-<target>)")
     option("--resume", action="store_true", help="continue the run in --out")
     option("--overwrite", action="store_true", help="replace what is in --out")
-    option("--dry-run", action="store_true", help="everything once, tiny, in under a minute")
-    option("--seed", type=number(int, 0, 2**31), default=0)
+    option("--dry-run", action="store_true", help="everything once, tiny, in under a minute; replaces runs/dry-run")
+    option("--seed", type=number(int, 0, 2**31), default=0, help="determines all that is random (default: 0)")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
     option("--kernel", choices=("auto", "torch", "triton"), default="auto", help="what computes the linear layers (default: auto)")
     option("--save-seconds", type=number(float, 0, math.inf), default=30, help="time from one checkpoint to the next (default: 30)")
     # the episode
-    option("--shots", type=number(int, 1, 1000), help="support images of a task (default: 25)")
+    option("--shots", type=number(int, 1, 1000), help="support images of a task (default: 25, with --adapt all if there are fewer)")
     option("--inner-steps", type=number(int, 1, 100), default=5, help="inner steps on the support (default: 5)")
     option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those (default: 0)")
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
-    option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml")
+    option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml", help="the meta-learner (default: maml)")
     option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
@@ -934,7 +939,7 @@ def parse_arguments(argv):
         refuse("--resume and --overwrite exclude each other")
     if settings.adapt:
         return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
-    settings.shots, settings.queries, settings.test_steps = settings.shots or 25, QUERIES, list(TEST_STEPS)
+    settings.shots, settings.test_steps = settings.shots or 25, list(TEST_STEPS)
     settings.tune_tasks, settings.classifier_steps, settings.gan_rates = 6, 500, list(GAN_RATES)
     if settings.dry_run:
         settings.overwrite |= settings.out is None and not settings.resume
@@ -953,7 +958,7 @@ def prepare_run(settings, device):
     settings.queries = min([QUERIES, *(int(domains.count[c]) - settings.shots for c in domains.roles["train"][1])])
     images = {"names": domains.names, "count": domains.count.tolist(), "title": domains.title}
     if run:
-        may_change = {"out", "resume", "overwrite", "data_dir", "device", "kernel", "save_seconds", "test_seeds"}
+        may_change = {"out", "resume", "overwrite", "data_dir", "kernel", "save_seconds", "test_seeds", "samples", "steps"}
         for key in vars(settings).keys() - may_change:
             if run["settings"].get(key) != getattr(settings, key):
                 raise UserError(f"{out} was begun with {key} = {run['settings'].get(key)}, not {getattr(settings, key)}; --resume takes the same settings")
@@ -961,9 +966,9 @@ def prepare_run(settings, device):
             raise UserError(f"{out} was begun with other images, of {run['title']}")
         return {**run, "settings": vars(settings)}, domains
     rng = torch.Generator(device).manual_seed(settings.seed)
-    sources = sample_pairs(domains, settings.source_steps, rng)[:, 0]
-    run = {"settings": vars(settings), **images, "log": [], "phases": {}, "seconds": 0.0,      # what deployment needs of the source
-           "source images": ((sample_images(domains, sources, settings.shots, rng) + 1) * 127.5).round().byte()}
+    source = sample_pairs(domains, 1, rng)[:, 0].expand(settings.source_steps)      # one class, as in an episode
+    run = {"settings": vars(settings), **images, "log": [], "phases": {}, "seconds": 0.0,
+           "source images": ((sample_images(domains, source, settings.shots, rng) + 1) * 127.5).round().byte()}
     save_run(run, out)
     for path in in_the_way:
         if path.name not in ("checkpoint.pt", "log.csv"):
@@ -982,12 +987,12 @@ def whole_story(settings, device):
     signal.signal(signal.SIGINT, lambda *_: (INTERRUPTED.append(1), signal.signal(signal.SIGINT, signal.default_int_handler)))
     train(run, domains, settings, save)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    classifier = new_classifier(len(domains.names)).to(device)
     if "classifier" not in run:
         show("training the classifier that judges the images")
         classifier, run["accuracy"] = train_classifier(domains, settings.classifier_steps, settings.seed)
         run["classifier"] = classifier.state_dict()
         save()
+    classifier = new_classifier(len(domains.names)).to(device)
     classifier.load_state_dict(run["classifier"])
     pairs, results, film, chosen = meta_test(run, domains, settings, classifier)
     print(f"\n{domains.title}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
@@ -995,7 +1000,7 @@ def whole_story(settings, device):
     run["seconds"] = time.perf_counter() - began
     report = {"settings": vars(settings), "domains": domains.title, "held_out_pairs": [[domains.names[c] for c in pair] for pair in pairs.tolist()],
               "classifier_accuracy": run["accuracy"], "learning_rates": chosen, "seconds": run["seconds"],
-              "results": [{key: value if value != math.inf else None for key, value in result.items()} for result in results]}
+              "results": [{key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()} for result in results]}
     write_whole(out / "report.json", json.dumps(report, indent=1).encode())
     draw_results(pairs, film, domains.names, settings.test_steps, out)
     print(f"\n{out}: {', '.join(ARTEFACTS)}, in {run['seconds']:.0f} s")
@@ -1011,8 +1016,8 @@ def main(argv=None):
         if KERNEL == "triton" and why_not_triton(device):
             raise UserError(f"--kernel triton: {why_not_triton(device)}")
         if device.type == "cpu":
-            allow_onednn([sizes[i:i + 2] for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for i in range(3)])
-        show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", True)
+            allow_onednn([sizes[i:i + 2] for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for i in range(4)])
+        show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", last=True)
         deploy(settings, device) if settings.adapt else whole_story(settings, device)
     except UserError as error:
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)

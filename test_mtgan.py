@@ -617,6 +617,7 @@ def test_deploying_to_a_folder(finished, tmp_path, capsys):
     assert mtgan.main([*command, "--out", str(tmp_path / "out")]) == 2 and "--overwrite" in capsys.readouterr().err
     assert mtgan.main([*command, "--out", str(tmp_path / "out"), "--overwrite", "--samples", "2"]) == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["sample-000.png", "sample-001.png", "samples.png"]
+    assert mtgan.main([*command, "--out", str(finished), "--overwrite"]) == 2 and "holds a run" in capsys.readouterr().err
     assert mtgan.main([*command, "--out", str(tmp_path / "new"), "--shots", "11"]) == 2 and "has 10 image(s)" in capsys.readouterr().err
     assert mtgan.main(["--adapt", str(finished / "checkpoint.pt"), "--target", "garments:8", "--samples", "1", "--out", str(tmp_path / "built-in")]) == 0
 
@@ -642,6 +643,7 @@ def refused(capsys, *arguments):
     (["--source", "digits:x"], "unknown domain 'digits:x'"),
     (["--source", "digits:3-12"], "has the classes 0 to 9"),
     (["--source", "digits:5-3"], "has the classes 0 to 9"),
+    (["--source", "digits:0-6,99"], "has the classes 0 to 9"),
     (["--source", "digits:" + 40 * "1" + "x"], "unknown domain"),
     (["--device", "meta"], "device 'meta' cannot be used here"),
     (["--source", "digits:0", "--target", "digits:0"], "no pair of two different classes"),
