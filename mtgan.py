@@ -101,7 +101,7 @@ def load_torchvision(name, data_dir):
         try:
             loaded = load(download=True)
         except Exception as reason:
-            print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({reason!r:.200}).\n"
+            print(f"WARNING: '{name}' is not in {data_dir} and cannot be downloaded ({' '.join(str(reason).split()) or type(reason).__name__:.160}).\n"
                   f"WARNING: the built-in '{stand_in}' stands in for it, and every result says so.", file=sys.stderr)
             return f"{stand_in} (stand-in for {name})", draw_built_in(stand_in)
         finally:
