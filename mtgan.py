@@ -69,7 +69,8 @@ def load_dataset(spec, data_dir):
     Returns its name and {class name: uint8 [n, 784]}, bright strokes on 0. A dataset that is neither in data_dir nor to
     be downloaded is replaced by a built-in, and the name says so. Raises UserError where a domain is unknown or corrupt.
     """
-    name, _, chosen = (spec, "", "") if os.path.isdir(spec) else spec.rpartition(":") if re.search(r":[\d,-]+$", spec) else (spec, "", "")
+    listed = None if os.path.isdir(spec) else re.fullmatch(r"(.*):([\d,-]+)", spec)
+    name, chosen = listed.groups() if listed else (spec, "")
     if name in TORCHVISION:
         name, classes = load_torchvision(name, data_dir)
     elif name in BUILT_IN:
@@ -80,8 +81,7 @@ def load_dataset(spec, data_dir):
     else:
         raise UserError(f"unknown domain '{spec}': neither a folder nor one of {', '.join([*TORCHVISION, *BUILT_IN])}; "
                         "a list of classes looks like mnist:0-6,9")
-    ranges = re.findall(r"(\d+)(?:-(\d+))?", chosen)
-    ranges = [(int(low), int(high or low)) for low, high in ranges]
+    ranges = [(int(low), int(high or low)) for low, high in re.findall(r"(\d+)(?:-(\d+))?", chosen)]
     if chosen and not (ranges and all(low <= high < len(classes) for low, high in ranges)):
         raise UserError(f"'{spec}': {name} has the classes 0 to {len(classes) - 1}")
     return name, {label: images for c, (label, images) in enumerate(classes.items())
@@ -175,7 +175,7 @@ def draw_built_in(name, each=400):
     y, x = np.mgrid[-1:1:28j, -1:1:28j]
     for label in GARMENTS if name == "garments" else "0123456789":
         outline = GARMENTS.get(label, [(0, 0)])
-        points, images = np.array(outline if outline[0][0] else outline + [(-x, y) for x, y in reversed(outline)]), []
+        points, images = np.array(outline if outline[0][0] else outline + [(-right, down) for right, down in reversed(outline)]), []
         for _ in range(each):
             canvas, light = Image.new("L", (112, 112)), 1
             if name == "digits":
@@ -700,7 +700,8 @@ def meta_test(run, domains, settings, classifier):
             record("MT-GAN", steps, samples)
         for method, leaves in baselines.items():
             for lr in sorted(set(chosen[method].values())):
-                for steps, samples in fine_tune(leaves, lr, sources, support, n, seed, settings.test_steps):
+                last = max(steps for steps, rate in chosen[method].items() if rate == lr)        # nobody looks at this rate after it
+                for steps, samples in fine_tune(leaves, lr, sources, support, n, seed, [steps for steps in settings.test_steps if steps <= last]):
                     if chosen[method][steps] == lr:
                         record(method, steps, samples)
     return pairs, results, film, chosen

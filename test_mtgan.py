@@ -1124,19 +1124,20 @@ def test_cross_compiled_kernels_do_not_spill():
         assert 16 < registers <= 255 and 0 < shared <= 99 * 1024 and spilled == 0
 
 
-def test_without_triton():
-    out = in_subprocess("""
-import sys
-sys.modules["triton"] = None                         # import triton now raises ImportError
+TRY_BOTH_BACKENDS = """
 import torch, kernels
 x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
-print(kernels.fused_linear(x, w, b).shape, kernels.choose("cuda"))
+print(kernels.fused_linear(x, w, b).shape, kernels.choose(device))
 try:
     kernels.fused_linear(x, w, b, backend="triton")
 except RuntimeError as error:
     print(error)
-kernels.main()
-""", TRITON_INTERPRET="1")
+"""
+
+
+def test_without_triton():
+    missing = "import sys; sys.modules['triton'] = None; device = 'cuda'"      # import triton now raises ImportError
+    out = in_subprocess(missing + TRY_BOTH_BACKENDS + "kernels.main()", TRITON_INTERPRET="1")
     shape, *lines = out.splitlines()
     assert shape == "torch.Size([2, 4]) torch"
     assert len(lines) == 2 and all("triton is not installed" in line and "backend='torch'" in line for line in lines)
@@ -1144,15 +1145,7 @@ kernels.main()
 
 @pytest.mark.skipif(kernels.triton is None, reason="triton is not installed")
 def test_cpu_without_interpreter_is_refused():
-    out = in_subprocess("""
-import torch, kernels
-x, w, b = torch.randn(2, 3), torch.randn(4, 3), torch.randn(4)
-print(kernels.fused_linear(x, w, b).shape, kernels.choose("cpu"))
-try:
-    kernels.fused_linear(x, w, b, backend="triton")
-except RuntimeError as error:
-    print(error)
-""")
+    out = in_subprocess("device = 'cpu'" + TRY_BOTH_BACKENDS)
     assert "torch.Size([2, 4]) torch" in out and "TRITON_INTERPRET=1" in out
 
 
