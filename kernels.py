@@ -16,6 +16,7 @@ product: one kernel serves all. It is written in Triton, a Python dialect for GP
 
     python kernels.py        measures the kernel on a GPU; without one, inspects what it compiles to
 """
+import ctypes
 import functools
 import itertools
 import os
@@ -344,6 +345,21 @@ def allow_onednn(shapes):
             if (a @ b - exact).norm() > 1e-6 * exact.norm():
                 setting.fp32_precision = before
                 return
+
+
+def keep_memory():
+    """Lets glibc keep freed memory for the next tensor: by default it hands blocks of megabytes back to the system,
+    which fills each with zeros, page by page, when it is wanted again."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)        # other C libraries have none
+        mallopt(-3, 2**30)                           # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: which does not shrink
+
+
+def release_memory():
+    """The opposite, once: what is free goes back to the system, so that a measurement of memory can begin."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda *_: 0)(0)
 
 
 # ------------------------------------------------------------------- 4 Measurement: python kernels.py

@@ -25,15 +25,16 @@ import argparse, contextlib, csv, io, json, math, os, re, signal, socket, sys, t
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # before torch: threads that spin while they wait crawl on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")         # before torch: threads that wait spin for microseconds, not for milliseconds
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.autograd import grad
+from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import allow_onednn, choose, fused_linear, why_not_triton
+from kernels import allow_onednn, choose, fused_linear, keep_memory, release_memory, why_not_triton
 
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
@@ -199,6 +200,8 @@ class Domains(NamedTuple):
     names: list             # 'mnist 7'
     title: str              # 'mnist and fashion'
     roles: dict             # 'train' or 'test' -> (source classes, target classes)
+    pairs: torch.Tensor     # int64 [P, 2], every pair (source class, target class) to train on
+    most: int               # images in the largest class
 
 def load_domains(source_specs, target_specs, shots, data_dir, device):
     """Load every spec once; the last classes of each are held out, from whatever other spec they are in as well.
@@ -226,21 +229,20 @@ def load_domains(source_specs, target_specs, shots, data_dir, device):
             raise UserError(f"no pair of two different classes is left to {role} on: of every domain a third of the classes, {HELD_OUT} at most, is held out, so name more")
     count = torch.tensor([len(content) for content in images.values()], device=device)
     everything = torch.from_numpy(np.concatenate(list(images.values()))).to(device)
-    return Domains(everything, count.cumsum(0) - count, count, names, " and ".join(dict.fromkeys(titles)), roles)
+    pairs = torch.tensor([(s, t) for s in roles["train"][0] for t in roles["train"][1] if s != t], device=device)
+    return Domains(everything, count.cumsum(0) - count, count, names, " and ".join(dict.fromkeys(titles)), roles, pairs, int(count.max()))
 
 def sample_images(domains, classes, n, rng):
     """n images of each of the classes [T], different ones if it has as many, as floats in [-1, 1]  # [T, n, 784]"""
     count = domains.count[classes].unsqueeze(1)
-    lots = torch.rand(len(classes), max(n, int(domains.count.max())), generator=rng, device=rng.device)
+    lots = torch.rand(len(classes), max(n, domains.most), generator=rng, device=rng.device)
     beyond = torch.arange(lots.shape[1], device=rng.device) >= count        # no images of the class: drawn last, if at all
     index = lots.masked_fill(beyond, 2).topk(n, largest=False).indices % count
     return domains.images[domains.first[classes].unsqueeze(1) + index] / 127.5 - 1
 
 def sample_pairs(domains, n, rng):
     """n random pairs of a source class and another class, the target, for meta-training  # int64 [n, 2]"""
-    sources, targets = domains.roles["train"]
-    pairs = torch.tensor([(s, t) for s in sources for t in targets if s != t], device=rng.device)
-    return pairs[torch.randint(len(pairs), (n,), generator=rng, device=rng.device)]
+    return domains.pairs[torch.randint(len(domains.pairs), (n,), generator=rng, device=rng.device)]
 
 def new_domain(images, other, rng):
     """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
@@ -461,16 +463,19 @@ def new_phase(flat, seed, settings=None):
     else:
         groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
     return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves if settings],
-            "optimizers": [torch.optim.Adam(group, betas=(0.5, 0.999), fused=True) for group in groups],
+            "optimizers": [torch.optim.Adam(group, betas=(0.5, 0.999), fused=True, capturable=flat[0].is_cuda) for group in groups],
             "rng": torch.Generator(flat[0].device).manual_seed(seed)}
 
 def update(optimizer, leaves, gradients, clip=math.inf):
-    """An optimiser's step with gradients of at most this norm; False, and nothing happens, where they are not finite."""
+    """An optimiser's step with gradients of at most this norm; nothing happens where not all is finite, which it returns.
+
+    All of it, that decision too, stays on the device: fused Adam looks for `found_inf`, as it does for a GradScaler.
+    """
     for leaf, gradient in zip(leaves, gradients):
         leaf.grad = gradient.contiguous()       # fused Adam on a CPU takes a transposed gradient for a plain one, without a word
-    finite = bool(torch.nn.utils.clip_grad_norm_(leaves, clip).isfinite())
-    if finite:
-        optimizer.step()
+    finite = torch.nn.utils.clip_grad_norm_(leaves, clip).isfinite()
+    optimizer.found_inf = 1 - finite.float()
+    optimizer.step()
     return finite
 
 def gan_step(phase, real, fakes):
@@ -493,19 +498,54 @@ def pretraining_step(phase, domains, augment):
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
     return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
-def meta_step(phase, domains, settings):
-    """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average."""
+def meta_step(phase, domains, settings, gradient=None):
+    """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
+
+    Nothing in it waits for the device. Returns, there: whether all was finite, the loss, the rates  # [1 + 1 + 8]
+    """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
     sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, augment=True)
     batches = [*sources, *[support] * settings.inner_steps]
-    loss, gradients = meta_gradient(leaves, batches, query, settings.algorithm, settings.score, rng)
-    finite = bool(loss.isfinite()) and update(phase["optimizers"][0], leaves, gradients, CLIP)
+    loss, gradients = (gradient or meta_gradient)(leaves, batches, query, settings.algorithm, settings.score, rng)
+    finite = update(phase["optimizers"][0], leaves, gradients, CLIP)
     with torch.no_grad():
         leaves[-1].clamp_(max=math.log(MAX_RATE))
         torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
-    rates = leaves[-1].detach().exp().flatten().tolist()
-    return finite, {"loss": loss.item(), **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
+    return torch.cat([torch.stack([finite, loss]), leaves[-1].detach().exp().flatten()])
+
+def captured(step):
+    """step(phase) -> tensor, from its fourth call on as a CUDA graph: Python needs longer to start an episode's thousands
+    of kernels one by one than the GPU to run them, a graph starts them all at once.
+
+    A replay writes to the tensors of its capture: leaves, averages and the optimiser's state change in place, random
+    numbers come from the phase's own generator, and the result is read before the next replay. Where a step cannot be
+    captured, steps go on as they are.
+    """
+    graph, side, result, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), None, 0
+
+    def run(phase):
+        nonlocal graph, result, calls
+        calls += 1
+        if graph and calls == 4:
+            state = phase["rng"].get_state()
+            try:
+                graph.register_generator_state(phase["rng"])
+                with torch.cuda.graph(graph):           # records, runs nothing
+                    result = step(phase)
+            except RuntimeError as error:
+                show(f"going on without a CUDA graph ({' '.join(str(error).split()):.100})", last=True)
+                graph, phase["rng"] = None, torch.Generator(phase["rng"].device)
+                phase["rng"].set_state(state)
+        if result is not None:
+            graph.replay()
+            return result
+        side.wait_stream(torch.cuda.current_stream())   # what libraries set up at first use, they set up before the capture
+        with torch.cuda.stream(side):
+            first = step(phase)
+        torch.cuda.current_stream().wait_stream(side)
+        return first
+    return run
 
 def run_phase(run, name, total, step, save):
     """Call step(phase) until `total` steps are done: show, log, save, and stop where the user or the numbers say so."""
@@ -546,7 +586,13 @@ def train(run, domains, settings, save):
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
     go_on = lambda phase: pretraining_step(phase, domains, augment=True)
-    episode = lambda phase: meta_step(phase, domains, settings)
+    one_episode = lambda phase: meta_step(phase, domains, settings)
+    one_episode = captured(one_episode) if device.type == "cuda" else one_episode
+
+    def episode(phase):
+        finite, loss, *rates = one_episode(phase).tolist()
+        return finite, {"loss": loss, **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
+
     for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, warm_up), ("transfer", settings.meta_steps * seen // GAN_BATCH, go_on),
                                              ("meta-training", settings.meta_steps, episode))):
         if name not in run["phases"]:
@@ -887,7 +933,102 @@ def slug(text):
     """A spec as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "domain"
 
-# 8  Command line -------------------------------------------------------------------------------------------------------
+# 8  Measurement: --benchmark -------------------------------------------------------------------------------------------
+
+def explicit_step(layers, rates, loss):
+    """What `inner_step` replaces: weights of the task's own. The gradient is taken at aliases, so it is partial, too."""
+    aliases = [Layer(layer.weight.view_as(layer.weight), layer.bias.view_as(layer.bias)) for layer in layers]
+    gradients = grad(loss(aliases).sum(), tensors(aliases), create_graph=True)
+    return [Layer(layer.weight - rate * w, layer.bias - rate * b) for layer, rate, w, b in zip(layers, rates, gradients[::2], gradients[1::2])]
+
+def explicit_gradient(leaves, batches, query, algorithm, score, rng):
+    """What `meta_gradient` replaces, for 'maml' and 'energy': the plain loop over tasks, with the same result."""
+    tasks = len(query)
+    draws = [noise(tasks, n, rng) for n in (*[FAKES] * 2 * len(batches), query.shape[1])]
+    loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
+    for t in range(tasks):
+        (theta, phi), rates, z = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws)
+        for real in batches:
+            fake = generator(theta, next(z))
+            phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
+            theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, next(z)))))
+        own = energy_distance(generator(theta, next(z)), query[t:t + 1]).mean() / tasks
+        torch._foreach_add_(gradients, grad(own, leaves))
+        loss += own.detach()
+    return loss, gradients
+
+def timed(functions, device, repetitions=7):
+    """Seconds of every function: medians of repetitions that take turns, so that what else the machine does meets all."""
+    wait, seconds = torch.cuda.synchronize if device.type == "cuda" else lambda: None, {name: [] for name in functions}
+    for repetition in range(-1, repetitions):
+        for name, function in functions.items():
+            wait()
+            began = time.perf_counter()
+            function()
+            wait()
+            if repetition >= 0:                             # the first is for warming up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+def peak_memory(function, device):
+    """Bytes that a function needs on top of what is there before it; NaN where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    resident = lambda name: int(re.search(name + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    try:
+        release_memory()
+        Path("/proc/self/clear_refs").write_text("5")       # Linux: begin to look for the peak anew
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return math.nan
+
+def benchmark(settings, device):
+    """Print what a meta-step costs: ours, the plain loop and first order; then how it grows."""
+    domains, precision = load_domains(["digits"], ["garments"], 100, settings.data_dir, device), torch.backends.mkldnn.matmul
+    fast, steps = precision.fp32_precision, {}
+    start = random_start(0, device)
+
+    def a_step(gradient=None, products=fast, **change):
+        """A function that does one whole meta-step: sampling, adaptation, gradient, optimiser, moving average."""
+        changed = argparse.Namespace(**{**vars(settings), "queries": QUERIES, **change})
+        phase = new_phase(start, 0, changed)
+
+        def step():
+            precision.fp32_precision = products
+            meta_step(phase, domains, changed, gradient)
+            precision.fp32_precision = fast
+        return step
+
+    steps = {"MT-GAN": a_step(), "plain loop over the tasks": a_step(explicit_gradient, "none"), "first order": a_step(algorithm="fomaml")}
+    if fast != "none":
+        steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
+    if device.type == "cuda":
+        graph, phase = captured(lambda phase: meta_step(phase, domains, settings)), new_phase(start, 0, settings)
+        steps["MT-GAN as a CUDA graph"] = lambda: graph(phase)
+    a, b = torch.randn(2, 2048, 2048, device=device)
+    steps["product"] = lambda: a @ b
+    seconds = timed(steps, device)
+    peak = 2 * 2048 ** 3 / seconds.pop("product") / 1e9
+    print(f"{torch.get_num_threads()} thread(s); {settings.meta_batch} tasks, {settings.inner_steps} inner steps, {settings.shots} shots, "
+          f"{QUERIES} query images; a product of 2048 × 2048 matrices runs at {peak:.0f} GFLOP/s\n")
+    print(f"{'one meta-step':34}{'seconds':>10}{'loop = 1':>10}{'GFLOP':>8}{'GFLOP/s':>9}{'MB on top':>11}")
+    for name, took in seconds.items():
+        with FlopCounterMode(display=False) as counter:
+            steps[name]()
+        work = counter.get_total_flops() / 1e9
+        print(f"{name:34}{took:10.3f}{took / seconds['plain loop over the tasks']:10.2f}{work:8.1f}{work / took:9.0f}{peak_memory(steps[name], device) / 1e6:11.0f}")
+    for name, option, values in (("tasks", "meta_batch", (1, 4, 16, 64)), ("inner steps", "inner_steps", (1, 5, 10, 20)), ("shots", "shots", (5, 25, 100))):
+        seconds = timed({value: a_step(**{option: value}) for value in values}, device)
+        print(f"\n{name:24}" + "".join(f"{value:>9}" for value in values))
+        print(f"{'seconds':24}" + "".join(f"{took:9.3f}" for took in seconds.values()))
+        print(f"{'milliseconds for each':24}" + "".join(f"{1000 * took / value:9.1f}" for value, took in seconds.items()))
+
+# 9  Command line -------------------------------------------------------------------------------------------------------
 
 def number(kind, low, high):
     """An argparse type: a number from low to high."""
@@ -913,6 +1054,7 @@ def parse_arguments(argv):
     option("--out", help="where results go (default: runs/<source>-<target>, runs/dry-run, or with --adapt RUN/adapted-<target>)")
     option("--resume", action="store_true", help="continue the run in --out")
     option("--overwrite", action="store_true", help="replace what is in --out")
+    option("--benchmark", action="store_true", help="time a meta-step, and write nothing")
     option("--dry-run", action="store_true", help="everything once, tiny, in under a minute; replaces runs/dry-run")
     option("--seed", type=number(int, 0, 2**31), default=0, help="determines all that is random (default: 0)")
     option("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: auto)")
@@ -1017,9 +1159,10 @@ def main(argv=None):
         if KERNEL == "triton" and why_not_triton(device):
             raise UserError(f"--kernel triton: {why_not_triton(device)}")
         if device.type == "cpu":
+            keep_memory()
             allow_onednn([sizes[i:i + 2] for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for i in range(4)])
         show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", last=True)
-        deploy(settings, device) if settings.adapt else whole_story(settings, device)
+        (deploy if settings.adapt else benchmark if settings.benchmark else whole_story)(settings, device)
     except UserError as error:
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # must be set before anything imports triton, as torchvision does
 
+import contextlib
 import functools
 import itertools
 import json
@@ -18,12 +19,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 import mtgan
@@ -149,6 +152,8 @@ def test_dual_form_is_the_explicit_form(small):
     expected = explicit_episode(leaves, batches, query, "energy", 5)
     assert abs(loss - expected) < 1e-12
     assert relative(gradient, torch.autograd.grad(expected, leaves)) < 1e-12
+    loop_loss, loop = mtgan.explicit_gradient(leaves, batches, query, "maml", "energy", torch.Generator().manual_seed(5))
+    assert abs(loop_loss - expected) < 1e-12 and relative(loop, gradient) < 1e-12      # what --benchmark compares with
 
 
 @pytest.mark.parametrize("score", ["energy", "adversarial"])
@@ -222,6 +227,10 @@ def test_float32_meta_gradient_at_full_size():
     assert relative(*gradients) < 1e-4
 
 
+class Unfused(torch.optim.Adam):
+    found_inf = property(lambda self: None, lambda self, value: None)        # only the fused one looks for it
+
+
 def test_gan_step_is_plain_adam(monkeypatch):
     """With shared weights and with a task's own ones (whose gradients come transposed), against torch's unfused Adam."""
     for name in ("GENERATOR_SIZES", "DISCRIMINATOR_SIZES"):
@@ -232,12 +241,119 @@ def test_gan_step_is_plain_adam(monkeypatch):
     real = torch.rand(1, 9, 784, generator=rng) * 2 - 1
     shared, own = mtgan.new_phase(flat, 1), mtgan.new_phase([t.expand(1, *t.shape) for t in flat], 1)
     plain = mtgan.new_phase(flat, 1)
-    plain["optimizers"] = [torch.optim.Adam(mtgan.tensors(layers), 2e-4, betas=(0.5, 0.999)) for layers in mtgan.players(plain["leaves"])]
+    plain["optimizers"] = [Unfused(mtgan.tensors(layers), 2e-4, betas=(0.5, 0.999)) for layers in mtgan.players(plain["leaves"])]
     for _ in range(5):
         for phase in (shared, own, plain):
             assert mtgan.gan_step(phase, real, 9)[0]
     assert relative(plain["leaves"], flat) > 1e-3
     assert relative(shared["leaves"], plain["leaves"]) < 1e-5 and relative([t[0] for t in own["leaves"]], plain["leaves"]) < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The meta-step on a device: no waiting, a CUDA graph, a benchmark
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks of a few units for images of the usual size; settings for them."""
+    monkeypatch.setattr(mtgan, "GENERATOR_SIZES", (100, 12, 12, 12, 784))
+    monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (784, 12, 12, 12, 1))
+    settings = mtgan.parse_arguments(["--shots", "5", "--meta-batch", "2", "--inner-steps", "2", "--source-steps", "1"])
+    settings.queries = 6
+    return settings
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a value is asked from the device or sent to it: what a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "lift_fresh", "masked_select", "unique_dim", "_unique2"):
+            raise AssertionError(f"{name} in the meta-step")
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_meta_step_never_waits_for_the_device(narrow):
+    domains, phase = numbered_domains(), mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)
+    before = phase["leaves"][0].detach().clone()
+    for _ in range(2):
+        with NoWaiting():
+            numbers = mtgan.meta_step(phase, domains, narrow)
+    assert numbers.shape == (10,) and numbers[0] == 1 and not torch.equal(before, phase["leaves"][0])
+    for forbidden in (lambda: bool(numbers[0]), lambda: numbers[1].item(), lambda: torch.tensor([1.0])):
+        with NoWaiting(), pytest.raises(AssertionError, match="in the meta-step"):
+            forbidden()
+
+
+class GraphOnCpu:
+    """torch.cuda.CUDAGraph as far as a CPU can play it: what is captured runs when replayed."""
+    fails = None
+
+    def register_generator_state(self, rng):
+        self.rng = rng
+
+    def replay(self):
+        self.result.copy_(self.step(self.phase))
+
+
+@contextlib.contextmanager
+def capture_on_cpu(graph):
+    if GraphOnCpu.fails:
+        raise RuntimeError(GraphOnCpu.fails)
+    yield
+
+
+@pytest.mark.parametrize("fails", [None, "operation not permitted when stream is capturing"])
+def test_captured_steps_are_the_eager_ones(narrow, monkeypatch, capsys, fails):
+    """The bookkeeping around a capture, with stand-ins for CUDA; the real one is compared in the next test."""
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in {"CUDAGraph": GraphOnCpu, "graph": capture_on_cpu, "Stream": lambda: stream, "current_stream": lambda: stream,
+                           "stream": lambda stream: contextlib.nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(GraphOnCpu, "fails", fails)
+    domains, start, recorded = numbered_domains(), mtgan.random_start(0, torch.device("cpu")), []
+    eager, graphed = (mtgan.new_phase(start, 0, narrow) for _ in range(2))
+
+    def step(phase):
+        recorded.append(phase["step"])
+        if phase is graphed and phase["step"] == 3 and not fails and recorded.count(3) == 1:
+            GraphOnCpu.step, GraphOnCpu.phase = staticmethod(step), phase
+            GraphOnCpu.result = torch.zeros(10)         # recording runs nothing
+            return GraphOnCpu.result
+        return mtgan.meta_step(phase, domains, narrow)
+
+    run = mtgan.captured(step)
+    for phase["step"] in range(6) if (phase := graphed) else ():
+        numbers = run(phase)
+    for _ in range(6):
+        expected = mtgan.meta_step(eager, domains, narrow)
+    assert torch.equal(numbers, expected) and all(map(torch.equal, eager["leaves"], graphed["leaves"]))
+    assert torch.equal(eager["rng"].get_state(), graphed["rng"].get_state())
+    assert ("going on without a CUDA graph (operation not permitted" in capsys.readouterr().err) == bool(fails)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_takes_the_eager_steps():
+    settings, device = mtgan.parse_arguments(["--shots", "5", "--meta-batch", "2"]), torch.device("cuda")
+    settings.queries = 8
+    domains = mtgan.load_domains(["digits:0-5"], ["garments:0-5"], 13, "", device)
+    eager, graphed = (mtgan.new_phase(mtgan.random_start(0, device), 0, settings) for _ in range(2))
+    run = mtgan.captured(lambda phase: mtgan.meta_step(phase, domains, settings))
+    for _ in range(8):
+        expected, numbers = mtgan.meta_step(eager, domains, settings).clone(), run(graphed).clone()
+        assert torch.allclose(numbers, expected, rtol=1e-3)
+    assert relative(graphed["leaves"], eager["leaves"]) < 1e-4
+    assert torch.equal(eager["rng"].get_state(), graphed["rng"].get_state())
+
+
+def test_a_benchmark_prints_every_row(narrow, monkeypatch, capsys):
+    monkeypatch.setattr(mtgan.timed, "__defaults__", (1,))
+    assert mtgan.main(["--benchmark", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:34].strip() for line in lines[2:6]] == ["one meta-step", "MT-GAN", "plain loop over the tasks", "first order"]
+    tables = {line[:24].strip(): [float(cell) for cell in line[24:].split()] for line in lines if line[:1] in "tismh"}
+    assert tables["tasks"] == [1, 4, 16, 64] and tables["inner steps"] == [1, 5, 10, 20] and tables["shots"] == [5, 25, 100]
+    assert all(math.isfinite(value) and value > 0 for line in lines[3:7] for value in map(float, line[34:].split()[:4]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,7 +467,8 @@ def numbered_domains(classes=8, each=40):
     images[:, 0], images[:, 1] = number // 250, number % 250
     count = torch.full((classes,), each)
     roles = {"train": [[0, 1, 2], [3, 4, 5]], "test": [[6], [7]]}
-    return mtgan.Domains(torch.from_numpy(images), count.cumsum(0) - count, count, [f"d {c}" for c in range(classes)], "d", roles)
+    return mtgan.Domains(torch.from_numpy(images), count.cumsum(0) - count, count, [f"d {c}" for c in range(classes)], "d", roles,
+                         torch.cartesian_prod(*map(torch.tensor, roles["train"])), each)
 
 
 def numbers_of(images):
