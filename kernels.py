@@ -114,7 +114,7 @@ def precision_of(dtype):
 # (TILE_M, TILE_N, TILE_K, warps of 32 threads), for few tiles and for many. Large tiles read each operand less
 # often; small ones leave none of a GPU's 100 or so multiprocessors idle. A fixed table, because trying tiles
 # at run time would launch hundreds of kernels for the shapes of a single training step.
-TILES = {"ieee": ((32, 32, 32, 4), (64, 64, 32, 4)),
+TILES = {"ieee": ((32, 32, 32, 4), (64, 64, 32, 8)),
          "tf32": ((32, 32, 32, 4), (64, 64, 32, 4)),
          "float64": ((32, 32, 16, 4),)}
 

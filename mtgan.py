@@ -43,6 +43,7 @@ HELD_OUT = 3                # classes of every dataset that meta-training never 
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
+FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to distances between pixels
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
 AVERAGE = 0.98              # decay of the moving average of everything meta-learned
 CLIP = 1.0                  # largest norm of an outer gradient
@@ -421,30 +422,30 @@ def inner_step(layers, rates, x, second_order, player, loss):
 
 # 5  Meta-training ------------------------------------------------------------------------------------------------------
 
-def outer_loss(theta, phi, query, score, rng):
+def outer_loss(theta, phi, query, views, rng):
     """How good adapted players are, on images that they have not seen  # [T]
 
-    'energy': one number that the discriminator cannot be talked out of, so its *total* derivative is right: theta_0
-    learns to adapt and phi_0 learns to teach. 'adversarial': the game's own losses, each player against a constant
-    opponent; `adapt` needs own_paths with it.
+    The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]: one number that the
+    discriminator cannot be talked out of, so its *total* derivative is right: theta_0 learns to adapt and phi_0 learns to
+    teach. Without views the game's own losses, each player against a constant opponent; `adapt` needs own_paths then.
     """
     fake = generator(theta, noise(len(query), query.shape[1], rng))
-    if score == "energy":
-        return energy_distance(fake, query)
+    if views:
+        return sum(energy_distance(view(fake), view(query)) for view in views)
     d = loss_d(discriminator(phi, query), discriminator(phi, fake.detach()))
     return d + loss_g(discriminator(detach(phi), fake))
 
-def meta_gradient(leaves, batches, query, algorithm, score, rng):
+def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   the inner gradients are constants (the same paper): with the energy score, which phi reaches only through
-             them, phi_0 then gets no gradient
+    fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
+             them, then gets no gradient
     reptile  towards the adapted weights, the loss is only shown (Nichol et al. 2018, arXiv 1803.02999); the rates stay
     """
     rates = leaves[-1].exp()
-    adapted = adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=score == "adversarial")
-    loss = outer_loss(*adapted, query, score, rng).mean()
+    adapted = adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=not views)
+    loss = outer_loss(*adapted, query, views, rng).mean()
     if algorithm == "reptile":
         ends = tensors(*([fold(layer) for layer in layers] for layers in adapted))      # each [T, ...]
         return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, ends)], torch.zeros_like(rates)]
@@ -498,7 +499,7 @@ def pretraining_step(phase, domains, augment):
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
     return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
-def meta_step(phase, domains, settings, gradient=None):
+def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
 
     Nothing in it waits for the device. Returns, there: whether all was finite, the loss, the rates  # [1 + 1 + 8]
@@ -507,12 +508,20 @@ def meta_step(phase, domains, settings, gradient=None):
     pairs = sample_pairs(domains, settings.meta_batch, rng)
     sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, augment=True)
     batches = [*sources, *[support] * settings.inner_steps]
-    loss, gradients = (gradient or meta_gradient)(leaves, batches, query, settings.algorithm, settings.score, rng)
+    loss, gradients = (gradient or meta_gradient)(leaves, batches, query, settings.algorithm, views, rng)
     finite = update(phase["optimizers"][0], leaves, gradients, CLIP)
     with torch.no_grad():
         leaves[-1].clamp_(max=math.log(MAX_RATE))
         torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
     return torch.cat([torch.stack([finite, loss]), leaves[-1].detach().exp().flatten()])
+
+def pixels(images):
+    """The plainest view of images."""
+    return images
+
+def learned_view(features):
+    """A view by the features of a classifier. Distances there count FEATURE_WEIGHT times as much as those of pixels."""
+    return lambda images: FEATURE_WEIGHT * features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 def captured(step):
     """step(phase) -> tensor, from its fourth call on as a CUDA graph: Python needs longer to start an episode's thousands
@@ -586,7 +595,16 @@ def train(run, domains, settings, save):
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
     go_on = lambda phase: pretraining_step(phase, domains, augment=True)
-    one_episode = lambda phase: meta_step(phase, domains, settings)
+    views = {"features": [pixels], "pixels": [pixels], "adversarial": []}[settings.score]
+    if settings.score == "features":
+        if "features" not in run:
+            show("training the features that score adapted generators")
+            known = torch.cat([domains.pairs[:, 0], domains.pairs[:, 1]]).unique()
+            run["features"] = train_classifier(domains, known, settings.feature_steps, settings.seed + 3, augment=True)[0].state_dict()
+        classifier = new_classifier(len(domains.names)).to(device).requires_grad_(False)
+        classifier.load_state_dict(run["features"])
+        views.append(learned_view(classifier[0]))
+    one_episode = lambda phase: meta_step(phase, domains, settings, views)
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
     def episode(phase):
@@ -643,19 +661,26 @@ def new_classifier(classes):
                              nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
     return nn.Sequential(features, nn.Linear(64, classes))
 
-def train_classifier(domains, steps, seed):
-    """The judge of generated images tells all classes apart, held-out ones as well. No GAN is trained on it: it measures,
-    and chooses the baselines' learning rates. Returns it with its accuracy on a tenth of the images, kept from its training.
+def train_classifier(domains, classes, steps, seed, augment=False):
+    """A classifier that tells these classes apart; returns it with its accuracy on a tenth of the images, kept from its training.
+
+    Two are needed. The judge of generated images knows all classes, held-out ones as well; it measures, and chooses the
+    baselines' learning rates, and no GAN is trained on it. The features of the outer loss know the meta-training classes
+    alone, from images each warped in its own way.
     """
     torch.manual_seed(seed)
     device = domains.images.device
-    classifier, order = new_classifier(len(domains.names)).to(device), torch.randperm(len(domains.images)).to(device)
     labels = torch.arange(len(domains.names), device=device).repeat_interleave(domains.count)
-    adam, tenth = torch.optim.Adam(classifier.parameters(), 1e-3), len(order) // 10 + 1
+    order, rng = torch.isin(labels, classes).nonzero()[:, 0], torch.Generator(device).manual_seed(seed)
+    order = order[torch.randperm(len(order)).to(device)]
+    classifier, tenth = new_classifier(len(domains.names)).to(device), len(order) // 10 + 1
+    adam = torch.optim.Adam(classifier.parameters(), 1e-3)
     for step in range(steps):
         batch = order[tenth + (torch.arange(128, device=device) + 128 * step) % (len(order) - tenth)]
+        images = domains.images[batch].unsqueeze(1) / 127.5 - 1                 # [128, 1, 784]
+        images = new_domain(images, images, rng) if augment else images
         adam.zero_grad()
-        F.cross_entropy(classifier(domains.images[batch] / 127.5 - 1), labels[batch]).backward()
+        F.cross_entropy(classifier(images[:, 0]), labels[batch]).backward()
         adam.step()
     with torch.no_grad():
         right = classifier(domains.images[order[:tenth]] / 127.5 - 1).argmax(-1) == labels[order[:tenth]]
@@ -893,8 +918,8 @@ def load_run(path, device, resume):
             raise ValueError("something is missing")
         if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
             raise ValueError("other networks than MT-GAN's")
-        if "classifier" in run:
-            new_classifier(len(run["names"])).load_state_dict(run["classifier"])
+        for network in {"classifier", "features"} & run.keys():
+            new_classifier(len(run["names"])).load_state_dict(run[network])
     except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
         raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
     return run
@@ -941,8 +966,8 @@ def explicit_step(layers, rates, loss):
     gradients = grad(loss(aliases).sum(), tensors(aliases), create_graph=True)
     return [Layer(layer.weight - rate * w, layer.bias - rate * b) for layer, rate, w, b in zip(layers, rates, gradients[::2], gradients[1::2])]
 
-def explicit_gradient(leaves, batches, query, algorithm, score, rng):
-    """What `meta_gradient` replaces, for 'maml' and 'energy': the plain loop over tasks, with the same result."""
+def explicit_gradient(leaves, batches, query, algorithm, views, rng):
+    """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
     tasks = len(query)
     draws = [noise(tasks, n, rng) for n in (*[FAKES] * 2 * len(batches), query.shape[1])]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
@@ -952,7 +977,8 @@ def explicit_gradient(leaves, batches, query, algorithm, score, rng):
             fake = generator(theta, next(z))
             phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
             theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, next(z)))))
-        own = energy_distance(generator(theta, next(z)), query[t:t + 1]).mean() / tasks
+        fake = generator(theta, next(z))
+        own = sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks
         torch._foreach_add_(gradients, grad(own, leaves))
         loss += own.detach()
     return loss, gradients
@@ -1000,7 +1026,7 @@ def benchmark(settings, device):
 
         def step():
             precision.fp32_precision = products
-            meta_step(phase, domains, changed, gradient)
+            meta_step(phase, domains, changed, [pixels], gradient)
             precision.fp32_precision = fast
         return step
 
@@ -1008,7 +1034,7 @@ def benchmark(settings, device):
     if fast != "none":
         steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
     if device.type == "cuda":
-        graph, phase = captured(lambda phase: meta_step(phase, domains, settings)), new_phase(start, 0, settings)
+        graph, phase = captured(lambda phase: meta_step(phase, domains, settings, [pixels])), new_phase(start, 0, settings)
         steps["MT-GAN as a CUDA graph"] = lambda: graph(phase)
     a, b = torch.randn(2, 2048, 2048, device=device)
     steps["product"] = lambda: a @ b
@@ -1067,7 +1093,8 @@ def parse_arguments(argv):
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml", help="the meta-learner (default: maml)")
-    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
+    option("--score", choices=("features", "pixels", "adversarial"), default="features",
+           help="the outer loss: energy distance in pixels and features, in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
@@ -1083,11 +1110,11 @@ def parse_arguments(argv):
     if settings.adapt:
         return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
     settings.shots, settings.test_steps = settings.shots or 25, list(TEST_STEPS)
-    settings.tune_tasks, settings.classifier_steps, settings.gan_rates = 6, 500, list(GAN_RATES)
+    settings.tune_tasks, settings.classifier_steps, settings.feature_steps, settings.gan_rates = 6, 500, 1500, list(GAN_RATES)
     if settings.dry_run:
         settings.overwrite |= settings.out is None and not settings.resume
         settings.out, settings.test_steps, settings.gan_rates = settings.out or "runs/dry-run", [0, 1, 2, 5], [5e-4, 2e-3]
-        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60}.items():
+        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60, "feature_steps": 60}.items():
             setattr(settings, name, min(getattr(settings, name), most))
     settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
@@ -1132,7 +1159,7 @@ def whole_story(settings, device):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "classifier" not in run:
         show("training the classifier that judges the images")
-        classifier, run["accuracy"] = train_classifier(domains, settings.classifier_steps, settings.seed)
+        classifier, run["accuracy"] = train_classifier(domains, torch.arange(len(domains.names), device=device), settings.classifier_steps, settings.seed)
         run["classifier"] = classifier.state_dict()
         save()
     classifier = new_classifier(len(domains.names)).to(device)

@@ -94,17 +94,20 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
             loss = mtgan.loss_g(mlp(judge, mlp(mine, noises[2 * k + 1][t], 0).tanh(), 0.2)[:, 0])
             theta = [p - a * g for p, a, g in zip(theta, alpha[0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
         fake = mlp(theta, noises[-1][t], 0).tanh()
-        if score == "energy":
-            losses.append(mtgan.energy_distance(fake[None], query[t][None])[0])
+        if score != "adversarial":
+            losses.append(sum(mtgan.energy_distance(view(fake[None]), view(query[t][None]))[0] for view in VIEWS[score]))
         else:
             [other], judge = show([fake]), show(phi)
             losses.append(mtgan.loss_d(mlp(phi, query[t], 0.2)[:, 0], mlp(phi, other, 0.2)[:, 0]) + mtgan.loss_g(mlp(judge, fake, 0.2)[:, 0]))
     return torch.stack(losses).mean()
 
 
+VIEWS = {"energy": [mtgan.pixels], "two views": [mtgan.pixels, lambda images: images.sin() @ torch.linspace(-1, 1, 14).view(7, 2)], "adversarial": []}
+
+
 def meta_gradient(small, algorithm="maml", score="energy"):
     leaves, batches, query = small
-    return mtgan.meta_gradient(leaves, batches, query, algorithm, score, torch.Generator().manual_seed(5))
+    return mtgan.meta_gradient(leaves, batches, query, algorithm, VIEWS[score], torch.Generator().manual_seed(5))
 
 
 def relative(a, b):
@@ -115,7 +118,7 @@ def relative(a, b):
 GROUPS = {"theta": slice(0, 8), "phi": slice(8, 16), "rates": slice(16, 17)}
 
 
-@pytest.mark.parametrize("score", ["energy", "adversarial"])
+@pytest.mark.parametrize("score", VIEWS)
 def test_meta_gradient_is_that_of_finite_differences(small, score):
     leaves, batches, query = small
     _, gradient = meta_gradient(small, score=score)
@@ -152,7 +155,7 @@ def test_dual_form_is_the_explicit_form(small):
     expected = explicit_episode(leaves, batches, query, "energy", 5)
     assert abs(loss - expected) < 1e-12
     assert relative(gradient, torch.autograd.grad(expected, leaves)) < 1e-12
-    loop_loss, loop = mtgan.explicit_gradient(leaves, batches, query, "maml", "energy", torch.Generator().manual_seed(5))
+    loop_loss, loop = mtgan.explicit_gradient(leaves, batches, query, "maml", VIEWS["energy"], torch.Generator().manual_seed(5))
     assert abs(loop_loss - expected) < 1e-12 and relative(loop, gradient) < 1e-12      # what --benchmark compares with
 
 
@@ -220,7 +223,7 @@ def test_float32_meta_gradient_at_full_size():
         cast = lambda t: t.to(dtype)
         mtgan.noise = lambda *args: cast(noise(*args))
         try:
-            gradients.append(mtgan.meta_gradient([cast(t).requires_grad_() for t in leaves], [cast(support)] * 2, cast(query), "maml", "energy",
+            gradients.append(mtgan.meta_gradient([cast(t).requires_grad_() for t in leaves], [cast(support)] * 2, cast(query), "maml", [mtgan.pixels],
                                                  torch.Generator().manual_seed(1))[1])
         finally:
             mtgan.noise = noise
@@ -278,7 +281,7 @@ def test_a_meta_step_never_waits_for_the_device(narrow):
     before = phase["leaves"][0].detach().clone()
     for _ in range(2):
         with NoWaiting():
-            numbers = mtgan.meta_step(phase, domains, narrow)
+            numbers = mtgan.meta_step(phase, domains, narrow, [mtgan.pixels])
     assert numbers.shape == (10,) and numbers[0] == 1 and not torch.equal(before, phase["leaves"][0])
     for forbidden in (lambda: bool(numbers[0]), lambda: numbers[1].item(), lambda: torch.tensor([1.0])):
         with NoWaiting(), pytest.raises(AssertionError, match="in the meta-step"):
@@ -320,13 +323,13 @@ def test_captured_steps_are_the_eager_ones(narrow, monkeypatch, capsys, fails):
             GraphOnCpu.step, GraphOnCpu.phase = staticmethod(step), phase
             GraphOnCpu.result = torch.zeros(10)         # recording runs nothing
             return GraphOnCpu.result
-        return mtgan.meta_step(phase, domains, narrow)
+        return mtgan.meta_step(phase, domains, narrow, [mtgan.pixels])
 
     run = mtgan.captured(step)
     for phase["step"] in range(6) if (phase := graphed) else ():
         numbers = run(phase)
     for _ in range(6):
-        expected = mtgan.meta_step(eager, domains, narrow)
+        expected = mtgan.meta_step(eager, domains, narrow, [mtgan.pixels])
     assert torch.equal(numbers, expected) and all(map(torch.equal, eager["leaves"], graphed["leaves"]))
     assert torch.equal(eager["rng"].get_state(), graphed["rng"].get_state())
     assert ("going on without a CUDA graph (operation not permitted" in capsys.readouterr().err) == bool(fails)
@@ -338,9 +341,9 @@ def test_a_cuda_graph_takes_the_eager_steps():
     settings.queries = 8
     domains = mtgan.load_domains(["digits:0-5"], ["garments:0-5"], 13, "", device)
     eager, graphed = (mtgan.new_phase(mtgan.random_start(0, device), 0, settings) for _ in range(2))
-    run = mtgan.captured(lambda phase: mtgan.meta_step(phase, domains, settings))
+    run = mtgan.captured(lambda phase: mtgan.meta_step(phase, domains, settings, [mtgan.pixels]))
     for _ in range(8):
-        expected, numbers = mtgan.meta_step(eager, domains, settings).clone(), run(graphed).clone()
+        expected, numbers = mtgan.meta_step(eager, domains, settings, [mtgan.pixels]).clone(), run(graphed).clone()
         assert torch.allclose(numbers, expected, rtol=1e-3)
     assert relative(graphed["leaves"], eager["leaves"]) < 1e-4
     assert torch.equal(eager["rng"].get_state(), graphed["rng"].get_state())
@@ -530,7 +533,7 @@ def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
         raise mtgan.UserError("seen enough")
 
     monkeypatch.setattr(mtgan, "meta_test", stop)
-    monkeypatch.setattr(mtgan, "train_classifier", lambda domains, *rest: (mtgan.new_classifier(len(domains.names)), 1.0))
+    monkeypatch.setattr(mtgan, "train_classifier", lambda domains, *rest, **more: (mtgan.new_classifier(len(domains.names)), 1.0))
     assert mtgan.main([*TINY, "--out", str(tmp_path)]) == 2
 
 
