@@ -45,11 +45,11 @@ FAKES = 25                  # generated images in an inner step
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to distances between pixels
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
-AVERAGE = 0.98              # decay of the moving average of everything meta-learned
+AVERAGE = 0.99              # decay of the moving average of everything meta-learned
 CLIP = 1.0                  # largest norm of an outer gradient
 PATIENCE = 20               # this many non-finite updates in a row stop the run
-TEST_STEPS = (0, 1, 2, 5, 10, 20, 50)
-TEST_PAIRS = 12             # at most so many held-out pairs are tested
+TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
+TEST_PAIRS = 6              # at most so many held-out pairs are tested
 GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baselines' learning rate is chosen
 ARTEFACTS = ("checkpoint.pt", "log.csv", "report.json", "adaptation.png", "samples.png")
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
@@ -435,6 +435,11 @@ def outer_loss(theta, phi, query, views, rng):
     d = loss_d(discriminator(phi, query), discriminator(phi, fake.detach()))
     return d + loss_g(discriminator(detach(phi), fake))
 
+def halves(batches):
+    """An episode is scored halfway and at its end (Antoniou et al. 2019, arXiv 1810.09502: a loss at more than the last step)."""
+    middle = len(batches) // 2
+    return (batches[:middle], batches[middle:]) if middle else (batches,)
+
 def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
 
@@ -443,11 +448,13 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
              them, then gets no gradient
     reptile  towards the adapted weights, the loss is only shown (Nichol et al. 2018, arXiv 1803.02999); the rates stay
     """
-    rates = leaves[-1].exp()
-    adapted = adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=not views)
-    loss = outer_loss(*adapted, query, views, rng).mean()
+    rates, (theta, phi), losses = leaves[-1].exp(), players(leaves), []
+    for part in halves(batches):
+        theta, phi = adapt(theta, phi, rates, part, rng, second_order=algorithm == "maml", own_paths=not views)
+        losses.append(outer_loss(theta, phi, query, views, rng).mean())
+    loss = sum(losses) / len(losses)
     if algorithm == "reptile":
-        ends = tensors(*([fold(layer) for layer in layers] for layers in adapted))      # each [T, ...]
+        ends = tensors(*([fold(layer) for layer in layers] for layers in (theta, phi)))         # each [T, ...]
         return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, ends)], torch.zeros_like(rates)]
     return loss.detach(), grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
@@ -460,7 +467,7 @@ def new_phase(flat, seed, settings=None):
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
-        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 25 * settings.meta_lr}]]
+        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 12.5 * settings.meta_lr}]]
     else:
         groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
     return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves if settings],
@@ -796,6 +803,21 @@ def print_tables(results, test_steps):
             cells = ["{:.{d}f} ± {:.{d}f}".format(*interval(values), d=digits) for values in columns if values]
             print(f"{method:24}" + "".join(f"{cell:>14}" for cell in cells))
 
+def pooled_tables(folders):
+    """Print the tables of several finished runs, of different --seed, as one."""
+    results, reports = [], {}
+    for folder in dict.fromkeys(folders):
+        try:
+            reports[folder] = report = json.loads((Path(folder) / "report.json").read_text())
+            results += [{key: math.inf if value is None and key != "steps" else value for key, value in result.items()} for result in report["results"]]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise UserError(f"there is no readable report.json in {folder}; name folders of finished runs") from error
+    titles = {f"{report['domains']}: {', '.join(sorted({target for _, target in report['held_out_pairs']}))}; steps {report['settings']['test_steps']}" for report in reports.values()}
+    if len(titles) > 1:
+        raise UserError(f"these runs were tested differently: {' / '.join(titles)}")
+    print(f"{len(reports)} run(s) on {titles.pop()}; mean ± half the 95 % interval of n = {sum(r['method'] == 'MT-GAN' and r['steps'] == 0 for r in results)}")
+    print_tables(results, report["settings"]["test_steps"])
+
 def grid_picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1], enlarged, as one picture."""
     grid = torchvision.utils.make_grid((images.view(-1, 1, 28, 28) + 1) / 2, columns, padding=1, pad_value=0.25)
@@ -969,16 +991,18 @@ def explicit_step(layers, rates, loss):
 def explicit_gradient(leaves, batches, query, algorithm, views, rng):
     """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
     tasks = len(query)
-    draws = [noise(tasks, n, rng) for n in (*[FAKES] * 2 * len(batches), query.shape[1])]
+    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[FAKES] * 2 * len(part), query.shape[1])]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
     for t in range(tasks):
         (theta, phi), rates, z = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws)
-        for real in batches:
+        own = 0
+        for part in halves(batches):
+            for real in part:
+                fake = generator(theta, next(z))
+                phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
+                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, next(z)))))
             fake = generator(theta, next(z))
-            phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
-            theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, next(z)))))
-        fake = generator(theta, next(z))
-        own = sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks
+            own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(halves(batches))
         torch._foreach_add_(gradients, grad(own, leaves))
         loss += own.detach()
     return loss, gradients
@@ -1021,7 +1045,7 @@ def benchmark(settings, device):
 
     def a_step(gradient=None, products=fast, **change):
         """A function that does one whole meta-step: sampling, adaptation, gradient, optimiser, moving average."""
-        changed = argparse.Namespace(**{**vars(settings), "queries": QUERIES, **change})
+        changed = argparse.Namespace(**{**vars(settings), "inner_steps": 5, "queries": QUERIES, **change})
         phase = new_phase(start, 0, changed)
 
         def step():
@@ -1040,7 +1064,7 @@ def benchmark(settings, device):
     steps["product"] = lambda: a @ b
     seconds = timed(steps, device)
     peak = 2 * 2048 ** 3 / seconds.pop("product") / 1e9
-    print(f"{torch.get_num_threads()} thread(s); {settings.meta_batch} tasks, {settings.inner_steps} inner steps, {settings.shots} shots, "
+    print(f"{torch.get_num_threads()} thread(s); {settings.meta_batch} tasks, 5 inner steps, {settings.shots} shots, "
           f"{QUERIES} query images; a product of 2048 × 2048 matrices runs at {peak:.0f} GFLOP/s\n")
     print(f"{'one meta-step':34}{'seconds':>10}{'loop = 1':>10}{'GFLOP':>8}{'GFLOP/s':>9}{'MB on top':>11}")
     for name, took in seconds.items():
@@ -1080,6 +1104,7 @@ def parse_arguments(argv):
     option("--out", help="where results go (default: runs/<source>-<target>, runs/dry-run, or with --adapt RUN/adapted-<target>)")
     option("--resume", action="store_true", help="continue the run in --out")
     option("--overwrite", action="store_true", help="replace what is in --out")
+    option("--tables", nargs="+", metavar="RUN", help="print the tables of finished runs as one, and write nothing")
     option("--benchmark", action="store_true", help="time a meta-step, and write nothing")
     option("--dry-run", action="store_true", help="everything once, tiny, in under a minute; replaces runs/dry-run")
     option("--seed", type=number(int, 0, 2**31), default=0, help="determines all that is random (default: 0)")
@@ -1088,7 +1113,7 @@ def parse_arguments(argv):
     option("--save-seconds", type=number(float, 0, math.inf), default=30, help="time from one checkpoint to the next (default: 30)")
     # the episode
     option("--shots", type=number(int, 1, 1000), help="support images of a task (default: 25, with --adapt all if there are fewer)")
-    option("--inner-steps", type=number(int, 1, 100), default=5, help="inner steps on the support (default: 5)")
+    option("--inner-steps", type=number(int, 1, 100), default=10, help="inner steps on the support (default: 10)")
     option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those (default: 0)")
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
@@ -1098,8 +1123,8 @@ def parse_arguments(argv):
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
-    option("--meta-lr", type=number(float, 1e-8, 1), default=2e-4, help="outer learning rate (default: 2e-4)")
-    option("--test-seeds", type=number(int, 1, 100), default=2, help="draws of the support images in meta-testing (default: 2)")
+    option("--meta-lr", type=number(float, 1e-8, 1), default=4e-4, help="outer learning rate (default: 4e-4)")
+    option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")
     # deployment
     option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
     option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate (default: 64)")
@@ -1182,6 +1207,9 @@ def main(argv=None):
     INTERRUPTED.clear()
     try:
         settings = parse_arguments(argv)
+        if settings.tables:
+            pooled_tables(settings.tables)
+            return 0
         KERNEL, device = settings.kernel, pick_device(settings.device)
         if KERNEL == "triton" and why_not_triton(device):
             raise UserError(f"--kernel triton: {why_not_triton(device)}")

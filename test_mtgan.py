@@ -72,7 +72,9 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     record: a list that gets what each step showed to the opponent; frozen: such a list, shown instead, as constants.
     """
     rng = torch.Generator().manual_seed(seed)
-    noises = [mtgan.noise(len(query), mtgan.FAKES, rng) for _ in range(2 * len(batches))] + [mtgan.noise(len(query), query.shape[1], rng)]
+    half = len(batches) // 2                    # scored after that many steps, and at the end
+    noises = [mtgan.noise(len(query), n, rng) for k in range(1, len(batches) + 1)
+              for n in [mtgan.FAKES, mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))]
     alpha = leaves[-1].exp().repeat_interleave(2, 1)
     shown = iter(frozen or ())
     losses = []
@@ -83,22 +85,24 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
         return next(shown) if frozen else value
 
     for t in range(len(query)):
-        theta, phi = leaves[:8], leaves[8:16]
-        for k, real in enumerate(batches):
-            [fake] = show([mlp(theta, noises[2 * k][t], 0).tanh()])
+        theta, phi, z = leaves[:8], leaves[8:16], (n[t] for n in noises)
+        for k, real in enumerate(batches, 1):
+            [fake] = show([mlp(theta, next(z), 0).tanh()])
             mine = [p.clone() for p in phi] if alias else phi
             loss = mtgan.loss_d(mlp(mine, real[t], 0.2)[:, 0], mlp(mine, fake, 0.2)[:, 0])
             phi = [p - a * g for p, a, g in zip(phi, alpha[1], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
             judge = show(phi)
             mine = [p.clone() for p in theta] if alias else theta
-            loss = mtgan.loss_g(mlp(judge, mlp(mine, noises[2 * k + 1][t], 0).tanh(), 0.2)[:, 0])
+            loss = mtgan.loss_g(mlp(judge, mlp(mine, next(z), 0).tanh(), 0.2)[:, 0])
             theta = [p - a * g for p, a, g in zip(theta, alpha[0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
-        fake = mlp(theta, noises[-1][t], 0).tanh()
-        if score != "adversarial":
-            losses.append(sum(mtgan.energy_distance(view(fake[None]), view(query[t][None]))[0] for view in VIEWS[score]))
-        else:
-            [other], judge = show([fake]), show(phi)
-            losses.append(mtgan.loss_d(mlp(phi, query[t], 0.2)[:, 0], mlp(phi, other, 0.2)[:, 0]) + mtgan.loss_g(mlp(judge, fake, 0.2)[:, 0]))
+            if k not in (half, len(batches)):
+                continue
+            fake = mlp(theta, next(z), 0).tanh()
+            if score != "adversarial":
+                losses.append(sum(mtgan.energy_distance(view(fake[None]), view(query[t][None]))[0] for view in VIEWS[score]))
+            else:
+                [other], judge = show([fake]), show(phi)
+                losses.append(mtgan.loss_d(mlp(phi, query[t], 0.2)[:, 0], mlp(phi, other, 0.2)[:, 0]) + mtgan.loss_g(mlp(judge, fake, 0.2)[:, 0]))
     return torch.stack(losses).mean()
 
 
@@ -533,8 +537,20 @@ def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
         raise mtgan.UserError("seen enough")
 
     monkeypatch.setattr(mtgan, "meta_test", stop)
-    monkeypatch.setattr(mtgan, "train_classifier", lambda domains, *rest, **more: (mtgan.new_classifier(len(domains.names)), 1.0))
+    features = lambda domains, classes, *rest, augment=False: drawn.update(classes.tolist() if augment else []) or (mtgan.new_classifier(len(domains.names)), 1.0)
+    monkeypatch.setattr(mtgan, "train_classifier", features)
     assert mtgan.main([*TINY, "--out", str(tmp_path)]) == 2
+
+
+def test_features_never_see_held_out_classes():
+    """Other pixels in every other class, and the features of the outer loss are the same to the bit."""
+    domains, known = numbered_domains(), torch.tensor([0, 1, 4])
+    held_out = ~torch.isin(torch.arange(8).repeat_interleave(40), known)
+    other = domains._replace(images=torch.where(held_out[:, None], 255 - domains.images, domains.images))
+    (first, _), (second, _), (all_classes, _) = (mtgan.train_classifier(d, c, 3, 0, augment=True) for d, c in
+                                                 ((domains, known), (other, known), (other, torch.arange(8))))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert not all(map(torch.equal, first.parameters(), all_classes.parameters()))
 
 
 def test_a_class_held_out_in_one_spec_is_held_out_in_all():
@@ -683,6 +699,25 @@ def test_dry_run_writes_everything(finished):
     for name in ("adaptation.png", "samples.png"):
         pixels = np.asarray(Image.open(finished / name))
         assert min(pixels.shape) >= 100 and pixels.std() > 20
+
+
+def test_tables_of_several_runs(finished, tmp_path, capsys):
+    """Twice the numbers give the same means and narrower intervals; what was tested differently is not mixed."""
+    other = tmp_path / "other"
+    other.mkdir()
+    report = json.loads((finished / "report.json").read_text())
+    (other / "report.json").write_text(json.dumps(report))
+    assert mtgan.main(["--tables", str(finished), str(other)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("2 run(s) on digits and garments") and table[0].endswith(f"n = {2 * len(report['held_out_pairs'])}")
+    [row] = [line for line in table[:12] if line.startswith("mean image")]
+    values = [r["frechet"] for r in report["results"] if r["method"] == "mean image"]
+    assert row.split()[2:] == "{:.0f} ± {:.0f}".format(*mtgan.interval(2 * values)).split()
+    report["settings"]["test_steps"] = [0, 7]
+    (other / "report.json").write_text(json.dumps(report))
+    assert "tested differently" in refused(capsys, "--tables", finished, other)
+    (other / "report.json").write_text("[1, 2")
+    assert "no readable report.json" in refused(capsys, "--tables", other)
 
 
 def test_a_seed_determines_everything(finished, tmp_path):
