@@ -1121,7 +1121,7 @@ def parse_arguments(argv):
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: energy distance in pixels and features, in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=600, help="episodes of meta-training (default: 600)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=4e-4, help="outer learning rate (default: 4e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")
