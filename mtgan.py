@@ -45,7 +45,7 @@ FAKES = 25                  # generated images in an inner step
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to distances between pixels
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
-AVERAGE = 0.99              # decay of the moving average of everything meta-learned
+AVERAGE = 0.98              # decay of the moving average of everything meta-learned
 CLIP = 1.0                  # largest norm of an outer gradient
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
@@ -467,7 +467,8 @@ def new_phase(flat, seed, settings=None):
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
-        groups = [[{"params": leaves[:-1], "lr": settings.meta_lr}, {"params": leaves[-1:], "lr": 12.5 * settings.meta_lr}]]
+        groups = [[{"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
+                   for part, lr in ((leaves[:-1], settings.meta_lr), (leaves[-1:], 12.5 * settings.meta_lr))]]
     else:
         groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
     return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves if settings],
@@ -615,6 +616,8 @@ def train(run, domains, settings, save):
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
     def episode(phase):
+        for group in phase["optimizers"][0].param_groups:       # outer learning rates fall to 0 in the second half
+            group["lr"].fill_(group["initial_lr"] * min(1, 2 - 2 * phase["step"] / settings.meta_steps))
         finite, loss, *rates = one_episode(phase).tolist()
         return finite, {"loss": loss, **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
 
