@@ -16,7 +16,7 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of score(G(adapted theta), query), through all inner steps
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of distance(G(adapted theta), query), through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -425,9 +425,8 @@ def inner_step(layers, rates, x, second_order, player, loss):
 def outer_loss(theta, phi, query, views, rng):
     """How good adapted players are, on images that they have not seen  # [T]
 
-    The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]: one number that the
-    discriminator cannot be talked out of, so its *total* derivative is right: theta_0 learns to adapt and phi_0 learns to
-    teach. Without views the game's own losses, each player against a constant opponent; `adapt` needs own_paths then.
+    The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]. No D takes part in it, so
+    phi_0 may be trained through G's score: theta_0 learns to adapt, and phi_0 to teach. Without views the game's own losses, each player against a constant opponent; `adapt` needs own_paths then.
     """
     fake = generator(theta, noise(len(query), query.shape[1], rng))
     if views:
@@ -436,9 +435,10 @@ def outer_loss(theta, phi, query, views, rng):
     return d + loss_g(discriminator(detach(phi), fake))
 
 def halves(batches):
-    """An episode is scored halfway and at its end (Antoniou et al. 2019, arXiv 1810.09502: a loss at more than the last step)."""
-    middle = len(batches) // 2
-    return (batches[:middle], batches[middle:]) if middle else (batches,)
+    """An episode is scored in its middle, so that few steps are worth something already, and at its end (a loss at more
+    than the last step: Antoniou et al. 2019, arXiv 1810.09502). Batches of the source, where there are any, come first."""
+    middle = (len(batches) + 1) // 2
+    return (batches[:middle], batches[middle:]) if len(batches) > 1 else (batches,)
 
 def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
@@ -496,12 +496,12 @@ def gan_step(phase, real, fakes):
     finite = update(adam_d, tensors(phi), grad(d, tensors(phi)))
     g = loss_g(judge(fake)).sum()
     finite &= update(adam_g, tensors(theta), grad(g, tensors(theta)))
-    return finite, {"D": d.item(), "G": g.item()}
+    return finite, {"D": d.detach(), "G": g.detach()}
 
 def pretraining_step(phase, domains, augment):
     """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
     rng = phase["rng"]
-    classes = torch.tensor(sorted({*domains.roles["train"][0], *domains.roles["train"][1]}), device=rng.device)
+    classes = domains.pairs.unique()
     tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image from a class of its own
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
@@ -548,13 +548,13 @@ def captured(step):
             state = phase["rng"].get_state()
             try:
                 graph.register_generator_state(phase["rng"])
-                with torch.cuda.graph(graph):           # records, runs nothing
+                with torch.cuda.stream(side), torch.cuda.graph(graph):          # records, runs nothing
                     result = step(phase)
             except RuntimeError as error:
                 show(f"going on without a CUDA graph ({' '.join(str(error).split()):.100})", last=True)
                 graph, phase["rng"] = None, torch.Generator(phase["rng"].device)
                 phase["rng"].set_state(state)
-        if result is not None:
+        if graph and calls > 3:
             graph.replay()
             return result
         side.wait_stream(torch.cuda.current_stream())   # what libraries set up at first use, they set up before the capture
@@ -607,8 +607,7 @@ def train(run, domains, settings, save):
     if settings.score == "features":
         if "features" not in run:
             show("training the features that score adapted generators")
-            known = torch.cat([domains.pairs[:, 0], domains.pairs[:, 1]]).unique()
-            run["features"] = train_classifier(domains, known, settings.feature_steps, settings.seed + 3, augment=True)[0].state_dict()
+            run["features"] = train_classifier(domains, domains.pairs.unique(), settings.feature_steps, settings.seed + 3, augment=True)[0].state_dict()
         classifier = new_classifier(len(domains.names)).to(device).requires_grad_(False)
         classifier.load_state_dict(run["features"])
         views.append(learned_view(classifier[0]))
@@ -808,17 +807,18 @@ def print_tables(results, test_steps):
 
 def pooled_tables(folders):
     """Print the tables of several finished runs, of different --seed, as one."""
-    results, reports = [], {}
-    for folder in dict.fromkeys(folders):
+    results, titles = [], set()
+    for folder in dict.fromkeys(map(os.path.realpath, folders)):
         try:
-            reports[folder] = report = json.loads((Path(folder) / "report.json").read_text())
+            report = json.loads((Path(folder) / "report.json").read_text())
             results += [{key: math.inf if value is None and key != "steps" else value for key, value in result.items()} for result in report["results"]]
+            targets = ", ".join(sorted({target for _, target in report["held_out_pairs"]}))
+            titles.add(f"{report['domains']}, {report['settings']['shots']} shots, held out {targets}; steps {report['settings']['test_steps']}")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"there is no readable report.json in {folder}; name folders of finished runs") from error
-    titles = {f"{report['domains']}: {', '.join(sorted({target for _, target in report['held_out_pairs']}))}; steps {report['settings']['test_steps']}" for report in reports.values()}
     if len(titles) > 1:
         raise UserError(f"these runs were tested differently: {' / '.join(titles)}")
-    print(f"{len(reports)} run(s) on {titles.pop()}; mean ± half the 95 % interval of n = {sum(r['method'] == 'MT-GAN' and r['steps'] == 0 for r in results)}")
+    print(f"{titles.pop()}; mean ± half the 95 % interval of n = {sum(r['method'] == 'MT-GAN' and r['steps'] == 0 for r in results)}")
     print_tables(results, report["settings"]["test_steps"])
 
 def grid_picture(images, columns, zoom):
@@ -997,8 +997,7 @@ def explicit_gradient(leaves, batches, query, algorithm, views, rng):
     draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[FAKES] * 2 * len(part), query.shape[1])]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
     for t in range(tasks):
-        (theta, phi), rates, z = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws)
-        own = 0
+        (theta, phi), rates, z, own = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws), 0
         for part in halves(batches):
             for real in part:
                 fake = generator(theta, next(z))
@@ -1043,17 +1042,16 @@ def peak_memory(function, device):
 def benchmark(settings, device):
     """Print what a meta-step costs: ours, the plain loop and first order; then how it grows."""
     domains, precision = load_domains(["digits"], ["garments"], 100, settings.data_dir, device), torch.backends.mkldnn.matmul
-    fast, steps = precision.fp32_precision, {}
-    start = random_start(0, device)
+    fast, start = precision.fp32_precision, random_start(0, device)
 
-    def a_step(gradient=None, products=fast, **change):
+    def a_step(gradient=None, products=fast, around=lambda step: step, **change):
         """A function that does one whole meta-step: sampling, adaptation, gradient, optimiser, moving average."""
         changed = argparse.Namespace(**{**vars(settings), "inner_steps": 5, "queries": QUERIES, **change})
-        phase = new_phase(start, 0, changed)
+        phase, meta = new_phase(start, 0, changed), around(lambda phase: meta_step(phase, domains, changed, [pixels], gradient))
 
         def step():
             precision.fp32_precision = products
-            meta_step(phase, domains, changed, [pixels], gradient)
+            meta(phase)
             precision.fp32_precision = fast
         return step
 
@@ -1061,19 +1059,20 @@ def benchmark(settings, device):
     if fast != "none":
         steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
     if device.type == "cuda":
-        graph, phase = captured(lambda phase: meta_step(phase, domains, settings, [pixels])), new_phase(start, 0, settings)
-        steps["MT-GAN as a CUDA graph"] = lambda: graph(phase)
+        steps["MT-GAN as a CUDA graph"] = replay = a_step(around=captured)
+        for _ in range(4):
+            replay()                                        # the fourth is captured
     a, b = torch.randn(2, 2048, 2048, device=device)
     steps["product"] = lambda: a @ b
     seconds = timed(steps, device)
     peak = 2 * 2048 ** 3 / seconds.pop("product") / 1e9
     print(f"{torch.get_num_threads()} thread(s); {settings.meta_batch} tasks, 5 inner steps, {settings.shots} shots, "
-          f"{QUERIES} query images; a product of 2048 × 2048 matrices runs at {peak:.0f} GFLOP/s\n")
+          f"{QUERIES} query images, scored in pixels; a product of 2048 × 2048 matrices runs at {peak:.0f} GFLOP/s\n")
     print(f"{'one meta-step':34}{'seconds':>10}{'loop = 1':>10}{'GFLOP':>8}{'GFLOP/s':>9}{'MB on top':>11}")
     for name, took in seconds.items():
         with FlopCounterMode(display=False) as counter:
             steps[name]()
-        work = counter.get_total_flops() / 1e9
+        work = counter.get_total_flops() / 1e9 or math.nan      # a graph's replay calls nothing that could be counted
         print(f"{name:34}{took:10.3f}{took / seconds['plain loop over the tasks']:10.2f}{work:8.1f}{work / took:9.0f}{peak_memory(steps[name], device) / 1e6:11.0f}")
     for name, option, values in (("tasks", "meta_batch", (1, 4, 16, 64)), ("inner steps", "inner_steps", (1, 5, 10, 20)), ("shots", "shots", (5, 25, 100))):
         seconds = timed({value: a_step(**{option: value}) for value in values}, device)
@@ -1234,6 +1233,8 @@ def pick_device(name):
     """The device of that name, 'auto' being a GPU where there is one. Raises UserError where it cannot be used."""
     try:
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda":
+            torch.cuda.set_device(device.index or 0)        # streams and graphs are the current GPU's
         torch.rand(1, generator=torch.Generator(device), device=device).item()
     except Exception as error:
         raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
