@@ -358,6 +358,7 @@ def test_a_cuda_graph_takes_the_eager_steps():
 
 def test_a_benchmark_prints_every_row(narrow, monkeypatch, capsys):
     monkeypatch.setattr(mtgan.timed, "__defaults__", (1,))
+    monkeypatch.setattr(mtgan, "draw_built_in", functools.partial(mtgan.draw_built_in, each=110))
     assert mtgan.main(["--benchmark", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:34].strip() for line in lines[2:6]] == ["one meta-step", "MT-GAN", "plain loop over the tasks", "first order"]
