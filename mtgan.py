@@ -43,7 +43,6 @@ HELD_OUT = 3                # classes of every dataset that meta-training never 
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
-FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to distances between pixels
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
 AVERAGE = 0.98              # decay of the moving average of everything meta-learned
 CLIP = 1.0                  # largest norm of an outer gradient
@@ -527,9 +526,10 @@ def pixels(images):
     """The plainest view of images."""
     return images
 
-def learned_view(features):
-    """A view by the features of a classifier. Distances there count FEATURE_WEIGHT times as much as those of pixels."""
-    return lambda images: FEATURE_WEIGHT * features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+def edges(images):
+    """The differences of neighbouring pixels: the view in which speckle shows  # [T, n, 784] -> [T, n, 2 * 27 * 28]"""
+    square = images.unflatten(-1, (28, 28))
+    return torch.cat([square.diff(dim=-1).flatten(2), square.diff(dim=-2).flatten(2)], 2)
 
 def captured(step):
     """step(phase) -> tensor, from its fourth call on as a CUDA graph: Python needs longer to start an episode's thousands
@@ -603,14 +603,7 @@ def train(run, domains, settings, save):
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
     go_on = lambda phase: pretraining_step(phase, domains, augment=True)
-    views = {"features": [pixels], "pixels": [pixels], "adversarial": []}[settings.score]
-    if settings.score == "features":
-        if "features" not in run:
-            show("training the features that score adapted generators")
-            run["features"] = train_classifier(domains, domains.pairs.unique(), settings.feature_steps, settings.seed + 3, augment=True)[0].state_dict()
-        classifier = new_classifier(len(domains.names)).to(device).requires_grad_(False)
-        classifier.load_state_dict(run["features"])
-        views.append(learned_view(classifier[0]))
+    views = [pixels, edges] if settings.score == "energy" else []
     one_episode = lambda phase: meta_step(phase, domains, settings, views)
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
@@ -670,26 +663,19 @@ def new_classifier(classes):
                              nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
     return nn.Sequential(features, nn.Linear(64, classes))
 
-def train_classifier(domains, classes, steps, seed, augment=False):
-    """A classifier that tells these classes apart; returns it with its accuracy on a tenth of the images, kept from its training.
-
-    Two are needed. The judge of generated images knows all classes, held-out ones as well; it measures, and chooses the
-    baselines' learning rates, and no GAN is trained on it. The features of the outer loss know the meta-training classes
-    alone, from images each warped in its own way.
+def train_classifier(domains, steps, seed):
+    """The judge of generated images tells all classes apart, held-out ones as well. No GAN is trained on it: it measures,
+    and chooses the baselines' learning rates. Returns it with its accuracy on a tenth of the images, kept from its training.
     """
     torch.manual_seed(seed)
     device = domains.images.device
+    classifier, order = new_classifier(len(domains.names)).to(device), torch.randperm(len(domains.images)).to(device)
     labels = torch.arange(len(domains.names), device=device).repeat_interleave(domains.count)
-    order, rng = torch.isin(labels, classes).nonzero()[:, 0], torch.Generator(device).manual_seed(seed)
-    order = order[torch.randperm(len(order)).to(device)]
-    classifier, tenth = new_classifier(len(domains.names)).to(device), len(order) // 10 + 1
-    adam = torch.optim.Adam(classifier.parameters(), 1e-3)
+    adam, tenth = torch.optim.Adam(classifier.parameters(), 1e-3), len(order) // 10 + 1
     for step in range(steps):
         batch = order[tenth + (torch.arange(128, device=device) + 128 * step) % (len(order) - tenth)]
-        images = domains.images[batch].unsqueeze(1) / 127.5 - 1                 # [128, 1, 784]
-        images = new_domain(images, images, rng) if augment else images
         adam.zero_grad()
-        F.cross_entropy(classifier(images[:, 0]), labels[batch]).backward()
+        F.cross_entropy(classifier(domains.images[batch] / 127.5 - 1), labels[batch]).backward()
         adam.step()
     with torch.no_grad():
         right = classifier(domains.images[order[:tenth]] / 127.5 - 1).argmax(-1) == labels[order[:tenth]]
@@ -943,8 +929,8 @@ def load_run(path, device, resume):
             raise ValueError("something is missing")
         if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
             raise ValueError("other networks than MT-GAN's")
-        for network in {"classifier", "features"} & run.keys():
-            new_classifier(len(run["names"])).load_state_dict(run[network])
+        if "classifier" in run:
+            new_classifier(len(run["names"])).load_state_dict(run["classifier"])
     except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
         raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
     return run
@@ -1123,8 +1109,7 @@ def parse_arguments(argv):
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml", help="the meta-learner (default: maml)")
-    option("--score", choices=("features", "pixels", "adversarial"), default="features",
-           help="the outer loss: energy distance in pixels and features, in pixels, or the game's losses (default: features)")
+    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=600, help="episodes of meta-training (default: 600)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
@@ -1140,11 +1125,11 @@ def parse_arguments(argv):
     if settings.adapt:
         return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
     settings.shots, settings.test_steps = settings.shots or 25, list(TEST_STEPS)
-    settings.tune_tasks, settings.classifier_steps, settings.feature_steps, settings.gan_rates = 6, 500, 1500, list(GAN_RATES)
+    settings.tune_tasks, settings.classifier_steps, settings.gan_rates = 6, 500, list(GAN_RATES)
     if settings.dry_run:
         settings.overwrite |= settings.out is None and not settings.resume
         settings.out, settings.test_steps, settings.gan_rates = settings.out or "runs/dry-run", [0, 1, 2, 5], [5e-4, 2e-3]
-        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60, "feature_steps": 60}.items():
+        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60}.items():
             setattr(settings, name, min(getattr(settings, name), most))
     settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
@@ -1189,7 +1174,7 @@ def whole_story(settings, device):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "classifier" not in run:
         show("training the classifier that judges the images")
-        classifier, run["accuracy"] = train_classifier(domains, torch.arange(len(domains.names), device=device), settings.classifier_steps, settings.seed)
+        classifier, run["accuracy"] = train_classifier(domains, settings.classifier_steps, settings.seed)
         run["classifier"] = classifier.state_dict()
         save()
     classifier = new_classifier(len(domains.names)).to(device)
