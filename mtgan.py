@@ -16,7 +16,8 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of distance(G(adapted theta), query), through all inner steps
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of the distances from G(theta_k) to the query images, in the
+                        middle of the inner steps and at their end, through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -442,6 +443,7 @@ def halves(batches):
 def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
 
+    The last leaf holds logarithms, so that a rate stays positive. algorithm:
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
              them, then gets no gradient
@@ -460,12 +462,15 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
 def new_phase(flat, seed, settings=None):
     """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
 
-    Ordinary GAN training, or with `settings` meta-training, which learns the inner learning rates as well.
+    Ordinary GAN training, or with `settings` meta-training, which learns the inner learning rates as well. Keys: the steps
+    done, and how many updates were skipped, in all and in a row; what is learned, `leaves`, and its moving average; the
+    optimisers; the random numbers.
     """
     leaves = [t.detach().clone().requires_grad_() for t in flat]
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
+        # A logarithm must move by tenths where a weight moves by thousandths. Tensors, for a CUDA graph to see them change.
         groups = [[{"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
                    for part, lr in ((leaves[:-1], settings.meta_lr), (leaves[-1:], 12.5 * settings.meta_lr))]]
     else:
@@ -597,8 +602,8 @@ def show(line, last=False):
 def train(run, domains, settings, save):
     """All training, each phase from where it stands: the warm start, then the transfer baseline and meta-training from there.
 
-    The warm start ends with a third of its steps on made-up domains; transfer goes on with those, for as many images as
-    meta-training sees.
+    The warm start ends with a third of its steps on made-up domains, so that meta-training begins with what it will see;
+    transfer goes on with those, for as many images as meta-training sees.
     """
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
