@@ -709,6 +709,11 @@ def test_dry_run_writes_everything(finished):
         assert min(pixels.shape) >= 100 and pixels.std() > 20
 
 
+def test_outer_learning_rates_fall_in_the_second_half(finished):
+    [adam] = torch.load(finished / "checkpoint.pt", weights_only=True)["phases"]["meta-training"]["optimizers"]
+    assert [group["lr"].item() for group in adam["param_groups"]] == pytest.approx([4e-4 * 2 / 3, 5e-3 * 2 / 3])     # the third of 3 steps
+
+
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     """Twice the numbers give the same means and narrower intervals; what was tested differently is not mixed."""
     other = tmp_path / "other"
