@@ -7,6 +7,7 @@ steps are enough.
     python mtgan.py --source mnist --target fashion                 # meta-train, meta-test, pictures, checkpoint
     python mtgan.py --source digits --target garments --dry-run     # everything once, tiny, nothing to download
     python mtgan.py --adapt runs/mnist-fashion --target my_images/ --shots 10 --samples 64     # deploy
+    python mtgan.py --benchmark                                     # what a meta-step costs
 
 A *task* is to generate a target domain (a class of images) of which only a few *shots* are given, the *support*. An
 *episode* adapts G and D to some tasks by a few *inner* steps and scores them on other images of each target, the
@@ -426,7 +427,8 @@ def outer_loss(theta, phi, query, views, rng):
     """How good adapted players are, on images that they have not seen  # [T]
 
     The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]. No D takes part in it, so
-    phi_0 may be trained through G's score: theta_0 learns to adapt, and phi_0 to teach. Without views the game's own losses, each player against a constant opponent; `adapt` needs own_paths then.
+    phi_0 may be trained through G's score: theta_0 learns to adapt, and phi_0 to teach. Without views the game's own
+    losses, each player against a constant opponent; `adapt` needs own_paths then.
     """
     fake = generator(theta, noise(len(query), query.shape[1], rng))
     if views:
@@ -1123,7 +1125,7 @@ def parse_arguments(argv):
     # deployment
     option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
     option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate (default: 64)")
-    option("--steps", type=number(int, 1, 10000), default=20, help="how many inner steps on the user's images (default: 20)")
+    option("--steps", type=number(int, 1, 10000), default=100, help="how many inner steps on the user's images (default: 100)")
     settings = parser.parse_args(argv)
     if settings.resume and settings.overwrite:
         refuse("--resume and --overwrite exclude each other")
