@@ -335,8 +335,8 @@ def test_captured_steps_are_the_eager_ones(narrow, monkeypatch, capsys, fails):
         return mtgan.meta_step(phase, domains, narrow, [mtgan.pixels])
 
     run = mtgan.captured(step)
-    for phase["step"] in range(6) if (phase := graphed) else ():
-        numbers = run(phase)
+    for graphed["step"] in range(6):
+        numbers = run(graphed)
     for _ in range(6):
         expected = mtgan.meta_step(eager, domains, narrow, [mtgan.pixels])
     assert torch.equal(numbers, expected) and all(map(torch.equal, eager["leaves"], graphed["leaves"]))
