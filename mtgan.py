@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.autograd import grad
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import allow_onednn, choose, fused_linear, keep_memory, release_memory, why_not_triton
@@ -295,40 +296,69 @@ def init_network(sizes, rng):
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
 
-def network(layers, x, slope, trace=None, dropout=0.0, rng=None):
-    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
+class Recall(torch.autograd.Function):
+    """(x Kᵀ + shift) V, attention without a softmax over r remembered rows: x [T, B, k], K [T, r, k], V [T, r, n] -> [T, B, n]
 
-    trace: a list that gets each layer's input and its probe, what was added to the pre-activation. The gradient with
-    respect to the probe is that of the pre-activation.
+    What autograd would do, but it would return the gradient of K transposed, and to add such a one to others, of K's
+    own layout, takes five times as long as to compute it.
     """
+    @staticmethod
+    def forward(ctx, x, keys, values, shift):
+        scores = (x @ keys.mT).add_(shift)                                  # [T, B, r]
+        ctx.save_for_backward(x, keys, values, scores)
+        return scores @ values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, keys, values, scores = ctx.saved_tensors
+        s = g @ values.mT
+        return s @ keys, s.mT @ x, scores.mT @ g, None
+
+def network(layers, x, slope, seen=None, dropout=0.0, rng=None):
+    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]. The list `seen` gets every layer's input."""
     for i, layer in enumerate(layers):
-        probe, last = None, i == len(layers) - 1
-        if layer.inputs is not None:
-            probe = (x @ layer.inputs.mT + 1) @ layer.deltas                # equation (4)  # [T, B, N]
-        elif trace is not None:
-            probe = x.new_zeros(*x.shape[:2], layer.weight.shape[-2])
-        if trace is not None:
-            trace.append((x, probe if probe.requires_grad else probe.requires_grad_()))
-        x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=probe, backend=KERNEL)
+        if seen is not None:
+            seen.append(x)
+        recalled = None if layer.inputs is None else Recall.apply(x, layer.inputs, layer.deltas, 1)         # equation (4)
+        last = i == len(layers) - 1
+        x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=recalled, backend=KERNEL)
         if dropout and not last:
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
     return x
 
-def generator(theta, z, trace=None):
+def backpropagate(layers, seen, g, slope):
+    """Gradients of all pre-activations of `network`, in order, from that of the last, g [T, B, N], and what the layers have seen.
+
+    A layer's input is the activation of the one before, and has the sign of its pre-activation.
+    """
+    gradients = [g]
+    for layer, x in zip(layers[:0:-1], seen[:0:-1]):
+        gradients.insert(0, input_gradient(layer, gradients[0]) * (x > 0).to(x).clamp(min=slope))
+    return gradients
+
+def input_gradient(layer, g):
+    """The gradient of a layer's input from that of its pre-activation: g W', with W' as in equation (4)  # [T, B, K]"""
+    recalled = None if layer.inputs is None else Recall.apply(g, layer.deltas, layer.inputs, 0)
+    return fused_linear(g, layer.weight.mT, None, 1.0, addend=recalled, backend=KERNEL)
+
+def generator(theta, z, seen=None):
     """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
-    return network(theta, z, 0.0, trace).tanh()         # slope 0 is ReLU
+    return network(theta, z, 0.0, seen).tanh()          # slope 0 is ReLU
 
-def discriminator(phi, x, trace=None, dropout=0.0, rng=None):
+def discriminator(phi, x, seen=None, dropout=0.0, rng=None):
     """Images [T, B, 784] -> logits, positive where D thinks them real  # [T, B]"""
-    return network(phi, x, 0.2, trace, dropout, rng).squeeze(-1)
+    return network(phi, x, 0.2, seen, dropout, rng).squeeze(-1)
 
-def remember(layers, inputs, deltas):
-    """The layers after one more step: memory grows by the step's rows, until plain weights are cheaper.
+def remember(layers, rates, seen, gradients):
+    """The layers after a gradient step: memory grows by the step's rows, until plain weights are cheaper.
 
-    A product with r remembered rows costs r (N + K) multiplications a row of x, with a weight of the task's own N K.
+    The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation: to remember x and
+    -a g is to take the step. A product with r remembered rows costs r (N + K) multiplications a row of x, with a weight of the task's own N K.
     """
     adapted = []
-    for layer, x, delta in zip(layers, inputs, deltas):
+    for layer, rate, x, g in zip(layers, rates, seen, gradients):
+        delta = -rate * g
         if layer.inputs is not None:
             x, delta = torch.cat([layer.inputs, x], 1), torch.cat([layer.deltas, delta], 1)
         layer = Layer(layer.weight, layer.bias, x, delta)
@@ -380,9 +410,14 @@ def energy_distance(x, y):
     A proper score: in expectation least, and zero, where both have one distribution (Székely and Rizzo 2013; for GANs
     Bellemare et al. 2017, arXiv 1705.10743). The means over pairs leave out a sample's distance to itself.
     """
-    distance = lambda a, b: torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2))
     n, m = x.shape[1], y.shape[1]
-    return 2 * distance(x, y) / (n * m) - distance(x, x) / (n * (n - 1)) - distance(y, y) / (m * (m - 1))
+    images = torch.cat([x, y], 1)                                           # [T, n + m, d]
+    square, itself = images.square().sum(-1), torch.eye(n + m, dtype=torch.bool, device=x.device)
+    # |a - b|² = |a|² + |b|² - 2 ab, one product for all; rounding can make it negative where images are the same
+    squared = torch.baddbmm(square.unsqueeze(1) + square.unsqueeze(2), images, images.mT, alpha=-2)
+    distance = squared.masked_fill(itself, 1).clamp(min=1e-12).sqrt().masked_fill(itself, 0)       # without the gradient of sqrt at 0
+    within = lambda block, n: block.sum((1, 2)) / (n * (n - 1))
+    return 2 * distance[:, :n, n:].mean((1, 2)) - within(distance[:, :n, :n], n) - within(distance[:, n:, n:], m)
 
 # 4  Inner loop: the one place where an initialisation is adapted -------------------------------------------------------
 
@@ -395,31 +430,35 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     so that no player learns an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
     """
     for real in batches:
-        tasks, shots, _ = real.shape
-        fake = generator(theta, noise(tasks, FAKES, rng))
-        images = torch.cat([real, fake.detach() if own_paths else fake], 1)
-        phi = inner_step(phi, rates[1], images, second_order, discriminator,
-                         lambda logits: loss_d(logits[:, :shots], logits[:, shots:]))
-        judge = detach(phi) if own_paths else phi
-        theta = inner_step(theta, rates[0], noise(tasks, FAKES, rng), second_order, generator,
-                           lambda images: loss_g(discriminator(judge, images)))
+        draw = lambda: noise(len(real), FAKES, rng)
+        with torch.set_grad_enabled(second_order):
+            fake = generator(theta, draw())
+            step = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
+        phi = remember(phi, rates[1], *step)
+        with torch.set_grad_enabled(second_order):
+            step = generator_gradients(theta, detach(phi) if own_paths else phi, draw())
+        theta = remember(theta, rates[0], *step)
     return theta, phi
 
-def inner_step(layers, rates, x, second_order, player, loss):
-    """One gradient step of one player on loss(player(x)), in the dual form of equation (4).
+# The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
+# loss with respect to phi_k, autograd would follow that path, too. Backpropagation written out cannot, while the outer
+# gradient, which autograd takes through it, still sees every path.
 
-    The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation, which is that of
-    the probe added there: to remember x and -a g is to take the step. A fake batch depends on theta_k, and theta_k on
-    phi_k: the gradient of D's loss with respect to phi_k itself would follow that path, too. Probes live for one forward
-    pass, so theirs is *partial* by construction, while the outer gradient still sees every path.
-    """
-    trace = []
-    total = loss(player(layers, x, trace)).sum()
-    inputs, probes = zip(*trace)
-    gradients = grad(total, probes, create_graph=second_order)
-    if not second_order:
-        inputs = [t.detach() for t in inputs]
-    return remember(layers, inputs, [-rate * g for rate, g in zip(rates, gradients)])
+def discriminator_gradients(phi, real, fake):
+    """What D's layers see of an inner step, and the gradients of loss_d with respect to their pre-activations."""
+    seen, shots = [], real.shape[1]
+    logits = discriminator(phi, torch.cat([real, fake], 1), seen)
+    # d softplus(-l) / dl = -sigmoid(-l) = sigmoid(l) - 1
+    g = torch.cat([(logits[:, :shots].sigmoid() - 1) / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
+    return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
+
+def generator_gradients(theta, phi, z):
+    """The same for G and loss_g: back through D to the images, through tanh, through G."""
+    seen, seen_by_judge = [], []
+    images = generator(theta, z, seen)
+    g = (discriminator(phi, images, seen_by_judge).sigmoid() - 1) / z.shape[1]
+    g = input_gradient(phi[0], backpropagate(phi, seen_by_judge, g.unsqueeze(-1), 0.2)[0])
+    return seen, backpropagate(theta, seen, g * (1 - images.square()), 0.0)         # tanh' = 1 - tanh²
 
 # 5  Meta-training ------------------------------------------------------------------------------------------------------
 
