@@ -304,16 +304,16 @@ class Recall(torch.autograd.Function):
     """
     @staticmethod
     def forward(ctx, x, keys, values, shift):
-        scores = (x @ keys.mT).add_(shift)                                  # [T, B, r]
+        scores = torch.bmm(x, keys.mT).add_(shift)                          # [T, B, r]
         ctx.save_for_backward(x, keys, values, scores)
-        return scores @ values
+        return torch.bmm(scores, values)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         x, keys, values, scores = ctx.saved_tensors
-        s = g @ values.mT
-        return s @ keys, s.mT @ x, scores.mT @ g, None
+        s = torch.bmm(g, values.mT)
+        return torch.bmm(s, keys), torch.bmm(s.mT, x), torch.bmm(scores.mT, g), None
 
 def network(layers, x, slope, seen=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]. The list `seen` gets every layer's input."""
@@ -430,14 +430,15 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     so that no player learns an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
     """
     for real in batches:
-        draw = lambda: noise(len(real), FAKES, rng)
         with torch.set_grad_enabled(second_order):
-            fake = generator(theta, draw())
-            step = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
-        phi = remember(phi, rates[1], *step)
+            seen = []
+            images = generator(theta, noise(len(real), 2 * FAKES, rng), seen)       # one pass: D's fakes, then those of G's own step
+            fake = images[:, :FAKES].detach() if own_paths else images[:, :FAKES]
+            d_step = discriminator_gradients(phi, real, fake)
+        phi = remember(phi, rates[1], *d_step)
         with torch.set_grad_enabled(second_order):
-            step = generator_gradients(theta, detach(phi) if own_paths else phi, draw())
-        theta = remember(theta, rates[0], *step)
+            g_step = generator_gradients(theta, detach(phi) if own_paths else phi, images[:, FAKES:], [x[:, FAKES:] for x in seen])
+        theta = remember(theta, rates[0], *g_step)
     return theta, phi
 
 # The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
@@ -452,11 +453,10 @@ def discriminator_gradients(phi, real, fake):
     g = torch.cat([(logits[:, :shots].sigmoid() - 1) / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
     return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
 
-def generator_gradients(theta, phi, z):
-    """The same for G and loss_g: back through D to the images, through tanh, through G."""
-    seen, seen_by_judge = [], []
-    images = generator(theta, z, seen)
-    g = (discriminator(phi, images, seen_by_judge).sigmoid() - 1) / z.shape[1]
+def generator_gradients(theta, phi, images, seen):
+    """The same for G and loss_g, of images that it made of what it has seen: back through D, through tanh, through G."""
+    seen_by_judge = []
+    g = (discriminator(phi, images, seen_by_judge).sigmoid() - 1) / images.shape[1]
     g = input_gradient(phi[0], backpropagate(phi, seen_by_judge, g.unsqueeze(-1), 0.2)[0])
     return seen, backpropagate(theta, seen, g * (1 - images.square()), 0.0)         # tanh' = 1 - tanh²
 
@@ -1026,15 +1026,16 @@ def explicit_step(layers, rates, loss):
 def explicit_gradient(leaves, batches, query, algorithm, views, rng):
     """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
     tasks = len(query)
-    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[FAKES] * 2 * len(part), query.shape[1])]
+    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[2 * FAKES] * len(part), query.shape[1])]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
     for t in range(tasks):
         (theta, phi), rates, z, own = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws), 0
         for part in halves(batches):
             for real in part:
-                fake = generator(theta, next(z))
+                for_d, for_g = next(z).split(FAKES, 1)
+                fake = generator(theta, for_d)
                 phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
-                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, next(z)))))
+                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, for_g))))
             fake = generator(theta, next(z))
             own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(halves(batches))
         torch._foreach_add_(gradients, grad(own, leaves))

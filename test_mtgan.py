@@ -73,8 +73,8 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     """
     rng = torch.Generator().manual_seed(seed)
     half = (len(batches) + 1) // 2              # scored after that many steps, and at the end
-    noises = [mtgan.noise(len(query), n, rng) for k in range(1, len(batches) + 1)
-              for n in [mtgan.FAKES, mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))]
+    noises = [z for k in range(1, len(batches) + 1) for n in [2 * mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))
+              for z in mtgan.noise(len(query), n, rng).split(mtgan.FAKES if n == 2 * mtgan.FAKES else n, 1)]
     alpha = leaves[-1].exp().repeat_interleave(2, 1)
     shown = iter(frozen or ())
     losses = []
