@@ -274,6 +274,40 @@ def check(x, weight, bias, slope, addend):
                          f"addend [T, B, N], x [B, K] with the same without T; {given()}")
 
 
+class Bmm(torch.autograd.Function):
+    """What `bmm` does; of any order, for its backward consists of itself."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        return torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        transposed = lambda v: v.stride(-1) != 1
+        needs_a, needs_b = ctx.needs_input_grad
+        da = db = None
+        if needs_a:
+            da = bmm(b, g.mT).mT if transposed(a) else bmm(g, b.mT)
+        if needs_b:
+            db = bmm(g.mT, a).mT if transposed(b) else bmm(a.mT, g)
+        return da, db
+
+
+def bmm(a, b):
+    """a b, for a [T, n, k] and b [T, k, m], with gradients in the layouts of a and b, as torch.mm has them.
+
+    torch.bmm returns the gradient of a transposed matrix untransposed: to add such a one to others takes several
+    times as long as to compute it.
+    """
+    return Bmm.apply(a, b)
+
+
 def linear_torch(x, weight, bias, slope, addend):
     """fused_linear in plain PyTorch: for every device, and what the kernel is compared with."""
     if weight.dim() == 2 and (bias is None or bias.dim() == 1):
@@ -282,8 +316,8 @@ def linear_torch(x, weight, bias, slope, addend):
     else:
         row = None if bias is None else bias.unsqueeze(-2)                               # [T, 1, N] or [1, N]
         start = addend if row is None else row if addend is None else row + addend
-        weight = weight.expand(x.shape[0], *weight.shape[-2:])                           # [T, N, K]
-        z = x @ weight.mT if start is None else torch.baddbmm(start, x, weight.mT)       # [T, B, N]
+        z = bmm(x, weight.expand(x.shape[0], *weight.shape[-2:]).mT)                     # [T, B, N]
+        z = z if start is None else z + start
     return z if slope == 1 else F.leaky_relu(z, slope)
 
 

@@ -34,10 +34,9 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.autograd import grad
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import allow_onednn, choose, fused_linear, keep_memory, release_memory, why_not_triton
+from kernels import allow_onednn, bmm, choose, fused_linear, keep_memory, release_memory, why_not_triton
 
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
@@ -296,31 +295,16 @@ def init_network(sizes, rng):
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
 
-class Recall(torch.autograd.Function):
-    """(x Kᵀ + shift) V, attention without a softmax over r remembered rows: x [T, B, k], K [T, r, k], V [T, r, n] -> [T, B, n]
-
-    What autograd would do, but it would return the gradient of K transposed, and to add such a one to others, of K's
-    own layout, takes five times as long as to compute it.
-    """
-    @staticmethod
-    def forward(ctx, x, keys, values, shift):
-        scores = torch.bmm(x, keys.mT).add_(shift)                          # [T, B, r]
-        ctx.save_for_backward(x, keys, values, scores)
-        return torch.bmm(scores, values)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        x, keys, values, scores = ctx.saved_tensors
-        s = torch.bmm(g, values.mT)
-        return torch.bmm(s, keys), torch.bmm(s.mT, x), torch.bmm(scores.mT, g), None
+def recall(x, keys, values, shift):
+    """(x Kᵀ + shift) V, attention without a softmax over r remembered rows: x [T, B, k], K [T, r, k], V [T, r, n] -> [T, B, n]"""
+    return bmm(bmm(x, keys.mT) + shift, values)
 
 def network(layers, x, slope, seen=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]. The list `seen` gets every layer's input."""
     for i, layer in enumerate(layers):
         if seen is not None:
             seen.append(x)
-        recalled = None if layer.inputs is None else Recall.apply(x, layer.inputs, layer.deltas, 1)         # equation (4)
+        recalled = None if layer.inputs is None else recall(x, layer.inputs, layer.deltas, 1)         # equation (4)
         last = i == len(layers) - 1
         x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=recalled, backend=KERNEL)
         if dropout and not last:
@@ -339,7 +323,7 @@ def backpropagate(layers, seen, g, slope):
 
 def input_gradient(layer, g):
     """The gradient of a layer's input from that of its pre-activation: g W', with W' as in equation (4)  # [T, B, K]"""
-    recalled = None if layer.inputs is None else Recall.apply(g, layer.deltas, layer.inputs, 0)
+    recalled = None if layer.inputs is None else recall(g, layer.deltas, layer.inputs, 0)
     return fused_linear(g, layer.weight.mT, None, 1.0, addend=recalled, backend=KERNEL)
 
 def generator(theta, z, seen=None):
@@ -370,7 +354,7 @@ def fold(layer):
     """Write a layer's memory into weights of the task's own: W + Δᵀ X  # [T, N, K]"""
     if layer.inputs is None:
         return layer
-    return Layer(layer.weight + layer.deltas.mT @ layer.inputs, layer.bias + layer.deltas.sum(1))
+    return Layer(layer.weight + bmm(layer.deltas.mT, layer.inputs), layer.bias + layer.deltas.sum(1))
 
 def random_start(seed, device):
     """The parameters of a new generator and discriminator, as a flat list."""
