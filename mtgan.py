@@ -44,6 +44,7 @@ DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 HELD_OUT = 3                # classes of every dataset that meta-training never sees
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
+FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to those between pixels and edges
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
 AVERAGE = 0.98              # decay of the moving average of everything meta-learned
@@ -51,6 +52,7 @@ CLIP = 1.0                  # largest norm of an outer gradient
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
+GO_ON_RATE = 1e-4           # Adam's learning rate where adaptation goes on after its inner steps
 GAN_RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baselines' learning rate is chosen
 ARTEFACTS = ("checkpoint.pt", "log.csv", "report.json", "adaptation.png", "samples.png")
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
@@ -561,6 +563,10 @@ def edges(images):
     square = images.unflatten(-1, (28, 28))
     return torch.cat([square.diff(dim=-1).flatten(2), square.diff(dim=-2).flatten(2)], 2)
 
+def learned_view(features):
+    """The view of a classifier's features, in which distances count FEATURE_WEIGHT times  # [T, n, 784] -> [T, n, 64]"""
+    return lambda images: FEATURE_WEIGHT * features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+
 def captured(step):
     """step(phase) -> tensor, from its fourth call on as a CUDA graph: Python needs longer to start an episode's thousands
     of kernels one by one than the GPU to run them, a graph starts them all at once.
@@ -633,7 +639,14 @@ def train(run, domains, settings, save):
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
     go_on = lambda phase: pretraining_step(phase, domains, augment=True)
-    views = [pixels, edges] if settings.score == "energy" else []
+    views = {"features": [pixels, edges], "pixels": [pixels], "adversarial": []}[settings.score]
+    if settings.score == "features":
+        if "features" not in run:
+            show("training the features that score adapted generators")
+            run["features"] = train_classifier(domains, domains.pairs.unique(), settings.feature_steps, settings.seed + 3, augment=True)[0].state_dict()
+        classifier = new_classifier(len(domains.names)).to(device).requires_grad_(False)
+        classifier.load_state_dict(run["features"])
+        views.append(learned_view(classifier[0]))
     one_episode = lambda phase: meta_step(phase, domains, settings, views)
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
@@ -652,18 +665,31 @@ def train(run, domains, settings, save):
 
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
 
-def few_shot(leaves, sources, support, n, rng, test_steps):
-    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784])."""
-    leaves = [t.detach() for t in leaves]
-    rates = leaves[-1].exp()
-    theta, phi = adapt(*players(leaves), rates, sources, rng, second_order=False)
-    for before, steps in zip((0, *test_steps), test_steps):
-        theta, phi = adapt(theta, phi, rates, [support] * (steps - before), rng, second_order=False)
-        yield steps, generator(theta, noise(len(support), n, rng))
+def few_shot(leaves, sources, support, n, rng, test_steps, inner_steps):
+    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784]).
 
-def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
-    """As `few_shot`, for a baseline: GAN training with Adam on the same images, all tasks side by side, each with its own weights."""
-    phase = new_phase([t.expand(len(support), *t.shape) for t in leaves], seed)
+    The inner steps that were learned come first; where more are asked for than were learned, ordinary training goes on.
+    """
+    leaves = [t.detach() for t in leaves]
+    go = lambda theta, phi, batches: adapt(theta, phi, leaves[-1].exp(), batches, rng, second_order=False)
+    learned = [steps for steps in test_steps if steps < inner_steps] + [inner_steps]
+    theta, phi = go(*players(leaves), sources)
+    for before, steps in zip((0, *learned), learned):
+        theta, phi = go(theta, phi, [support] * (steps - before))
+        if steps in test_steps:
+            yield steps, generator(theta, noise(len(support), n, rng))
+    more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
+    ends = tensors(*([fold(layer) for layer in layers] for layers in (theta, phi)))             # each [T, ...]
+    for steps, samples in fine_tune(ends, GO_ON_RATE, [], support, n, rng, more):
+        yield inner_steps + steps, samples
+
+def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
+    """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.
+
+    leaves: [T, ...] each, or shared by the tasks, to start with.
+    """
+    shared = leaves[1].dim() == 1               # G's first bias
+    phase = {**new_phase([t.expand(len(support), *t.shape) if shared else t for t in leaves], 0), "rng": rng}
     for adam in phase["optimizers"]:
         adam.param_groups[0]["lr"] = lr
     for real in sources:
@@ -671,7 +697,7 @@ def fine_tune(leaves, lr, sources, support, n, seed, test_steps):
     for before, steps in zip((0, *test_steps), test_steps):
         for _ in range(steps - before):
             gan_step(phase, support, FAKES)
-        yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, phase["rng"])).detach()
+        yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, rng)).detach()
 
 def without_a_gan(support, n, rng):
     """What a sceptic tries first with the support [T, shots, 784]; yields (name, n 'samples' [T, n, 784])."""
@@ -687,25 +713,32 @@ def without_a_gan(support, n, rng):
     yield f"Gaussian on {components} components", (mean + weights @ directions[:, :components]).clamp(-1, 1)
 
 def new_classifier(classes):
-    """A small CNN: images [n, 784] -> features [n, 64] -> logits [n, classes]."""
+    """A small CNN: images [n, 784] -> features [n, 64] -> logits [n, classes]. No stride: it would let speckle pass unseen."""
     nn = torch.nn
-    features = nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, 2, 2), nn.ReLU(), nn.Conv2d(16, 32, 5, 2, 2), nn.ReLU(),
-                             nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
+    features = nn.Sequential(nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
+                             nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1568, 64), nn.ReLU())
     return nn.Sequential(features, nn.Linear(64, classes))
 
-def train_classifier(domains, steps, seed):
-    """The judge of generated images tells all classes apart, held-out ones as well. No GAN is trained on it: it measures,
-    and chooses the baselines' learning rates. Returns it with its accuracy on a tenth of the images, kept from its training.
+def train_classifier(domains, classes, steps, seed, augment=False):
+    """A classifier that tells these classes apart; returns it with its accuracy on a tenth of the images, kept from its training.
+
+    Two are needed. The judge of generated images knows all classes, held-out ones as well; it measures, and chooses the
+    baselines' learning rates, and no GAN is trained on it. The features of the outer loss know the meta-training classes
+    alone, from images each warped in its own way.
     """
     torch.manual_seed(seed)
     device = domains.images.device
-    classifier, order = new_classifier(len(domains.names)).to(device), torch.randperm(len(domains.images)).to(device)
     labels = torch.arange(len(domains.names), device=device).repeat_interleave(domains.count)
-    adam, tenth = torch.optim.Adam(classifier.parameters(), 1e-3), len(order) // 10 + 1
+    order, rng = torch.isin(labels, classes).nonzero()[:, 0], torch.Generator(device).manual_seed(seed)
+    order = order[torch.randperm(len(order)).to(device)]
+    classifier, tenth = new_classifier(len(domains.names)).to(device), len(order) // 10 + 1
+    adam = torch.optim.Adam(classifier.parameters(), 1e-3)
     for step in range(steps):
         batch = order[tenth + (torch.arange(128, device=device) + 128 * step) % (len(order) - tenth)]
+        images = domains.images[batch].unsqueeze(1) / 127.5 - 1                 # [128, 1, 784]
+        images = new_domain(images, images, rng) if augment else images
         adam.zero_grad()
-        F.cross_entropy(classifier(domains.images[batch] / 127.5 - 1), labels[batch]).backward()
+        F.cross_entropy(classifier(images[:, 0]), labels[batch]).backward()
         adam.step()
     with torch.no_grad():
         right = classifier(domains.images[order[:tenth]] / 127.5 - 1).argmax(-1) == labels[order[:tenth]]
@@ -762,7 +795,7 @@ def choose_rates(leaves, domains, settings, classifier):
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
     test = draw_test(domains, pairs, settings, rng, augment=True)
     for lr in settings.gan_rates:
-        for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], settings.seed, settings.test_steps):
+        for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
 
@@ -792,12 +825,12 @@ def meta_test(run, domains, settings, classifier):
         record("real images", None, fresh)
         for method, samples in without_a_gan(support, n, rng):
             record(method, None, samples)
-        for steps, samples in few_shot(run["phases"]["meta-training"]["average"], sources, support, n, rng, settings.test_steps):
+        for steps, samples in few_shot(run["phases"]["meta-training"]["average"], sources, support, n, rng, settings.test_steps, settings.inner_steps):
             record("MT-GAN", steps, samples)
         for method, leaves in baselines.items():
             for lr in sorted(set(chosen[method].values())):
                 last = max(steps for steps, rate in chosen[method].items() if rate == lr)        # nobody looks at this rate after it
-                for steps, samples in fine_tune(leaves, lr, sources, support, n, seed, [steps for steps in settings.test_steps if steps <= last]):
+                for steps, samples in fine_tune(leaves, lr, sources, support, n, rng, [steps for steps in settings.test_steps if steps <= last]):
                     if chosen[method][steps] == lr:
                         record(method, steps, samples)
     return pairs, results, film, chosen
@@ -955,12 +988,12 @@ def load_run(path, device, resume):
         if resume:
             run["phases"] = {name: load_phase(saved, settings, device) for name, saved in run["phases"].items()}
         form = {"settings": {}, "names": [], "count": [], "title": "", "log": [], "phases": {}, "seconds": 0.0}
-        if not all(type(run[key]) is type(value) for key, value in form.items()) or run["source images"].shape[1:] != (settings.shots, PIXELS):
+        if not all(type(run[key]) is type(value) for key, value in form.items()) or settings.inner_steps < 1 or run["source images"].shape[1:] != (settings.shots, PIXELS):
             raise ValueError("something is missing")
         if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
             raise ValueError("other networks than MT-GAN's")
-        if "classifier" in run:
-            new_classifier(len(run["names"])).load_state_dict(run["classifier"])
+        for network in {"classifier", "features"} & run.keys():
+            new_classifier(len(run["names"])).load_state_dict(run[network])
     except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
         raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
     return run
@@ -984,7 +1017,7 @@ def deploy(settings, device):
     to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
     support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
     sources = [to_float(batch) for batch in run["source images"]]
-    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps])
+    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps], run["settings"]["inner_steps"])
     samples = samples[0].cpu()
     if not samples.isfinite().all():
         raise UserError(f"the adaptation diverged within {settings.steps} steps; take fewer --steps, or more --shots")
@@ -1140,7 +1173,8 @@ def parse_arguments(argv):
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
     option("--algorithm", choices=("maml", "fomaml", "reptile"), default="maml", help="the meta-learner (default: maml)")
-    option("--score", choices=("energy", "adversarial"), default="energy", help="the outer loss (default: energy)")
+    option("--score", choices=("features", "pixels", "adversarial"), default="features",
+           help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
     option("--meta-steps", type=number(int, 1, 10**7), default=600, help="episodes of meta-training (default: 600)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
@@ -1156,11 +1190,11 @@ def parse_arguments(argv):
     if settings.adapt:
         return settings if len(settings.target) == 1 else refuse("--adapt takes one --target")
     settings.shots, settings.test_steps = settings.shots or 25, list(TEST_STEPS)
-    settings.tune_tasks, settings.classifier_steps, settings.gan_rates = 6, 500, list(GAN_RATES)
+    settings.tune_tasks, settings.classifier_steps, settings.feature_steps, settings.gan_rates = 6, 500, 1500, list(GAN_RATES)
     if settings.dry_run:
         settings.overwrite |= settings.out is None and not settings.resume
         settings.out, settings.test_steps, settings.gan_rates = settings.out or "runs/dry-run", [0, 1, 2, 5], [5e-4, 2e-3]
-        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60}.items():
+        for name, most in {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1, "tune_tasks": 2, "classifier_steps": 60, "feature_steps": 60}.items():
             setattr(settings, name, min(getattr(settings, name), most))
     settings.out = settings.out or "runs/" + "-".join(slug(spec) for spec in settings.source + settings.target)
     return settings
@@ -1205,7 +1239,7 @@ def whole_story(settings, device):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if "classifier" not in run:
         show("training the classifier that judges the images")
-        classifier, run["accuracy"] = train_classifier(domains, settings.classifier_steps, settings.seed)
+        classifier, run["accuracy"] = train_classifier(domains, torch.arange(len(domains.names), device=device), settings.classifier_steps, settings.seed)
         run["classifier"] = classifier.state_dict()
         save()
     classifier = new_classifier(len(domains.names)).to(device)

@@ -237,6 +237,21 @@ def test_float32_meta_gradient_at_full_size():
     assert relative(*gradients) < 1e-4
 
 
+def test_written_out_backpropagation_is_autograds(small):
+    """Gradients of the pre-activations and of the input, with and without memory, against autograd's."""
+    leaves, batches, query = small
+    for steps in (0, 2):
+        _, phi = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:steps], torch.Generator().manual_seed(5))
+        x, seen = query.clone().requires_grad_(), []
+        logits = mtgan.discriminator(phi, x, seen)
+        g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        gradients = mtgan.backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
+        biases = torch.autograd.grad((logits * g).sum(), [*leaves[9:16:2], x], retain_graph=True)
+        if not steps:                   # without memory that of a bias is the sum of those of its pre-activations
+            assert relative([gradient.sum((0, 1)) for gradient in gradients], biases[:-1]) < 1e-12
+        assert relative([mtgan.input_gradient(phi[0], gradients[0])], biases[-1:]) < 1e-12
+
+
 class Unfused(torch.optim.Adam):
     found_inf = property(lambda self: None, lambda self, value: None)        # only the fused one looks for it
 
@@ -350,7 +365,7 @@ def test_a_cuda_graph_takes_the_eager_steps():
     settings.queries = 8
     domains = mtgan.load_domains(["digits:0-5"], ["garments:0-5"], 13, "", device)
     eager, graphed = (mtgan.new_phase(mtgan.random_start(0, device), 0, settings) for _ in range(2))
-    views = [mtgan.pixels, mtgan.edges]
+    views = [mtgan.pixels, mtgan.edges, mtgan.learned_view(mtgan.new_classifier(12).to(device).requires_grad_(False)[0])]
     run = mtgan.captured(lambda phase: mtgan.meta_step(phase, domains, settings, views))
     for _ in range(8):
         expected, numbers = mtgan.meta_step(eager, domains, settings, views).clone(), run(graphed).clone()
@@ -555,8 +570,45 @@ def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
         raise mtgan.UserError("seen enough")
 
     monkeypatch.setattr(mtgan, "meta_test", stop)
-    monkeypatch.setattr(mtgan, "train_classifier", lambda domains, *rest: (mtgan.new_classifier(len(domains.names)), 1.0))
+    features = lambda domains, classes, *rest, augment=False: drawn.update(classes.tolist() if augment else []) or (mtgan.new_classifier(len(domains.names)), 1.0)
+    monkeypatch.setattr(mtgan, "train_classifier", features)
     assert mtgan.main([*TINY, "--out", str(tmp_path)]) == 2
+
+
+def test_features_never_see_held_out_classes():
+    """Other pixels in every other class, and the features of the outer loss are the same to the bit."""
+    domains, known = numbered_domains(), torch.tensor([0, 1, 4])
+    held_out = ~torch.isin(torch.arange(8).repeat_interleave(40), known)
+    other = domains._replace(images=torch.where(held_out[:, None], 255 - domains.images, domains.images))
+    (first, _), (second, _), (all_classes, _) = (mtgan.train_classifier(d, c, 3, 0, augment=True) for d, c in
+                                                 ((domains, known), (other, known), (other, torch.arange(8))))
+    assert all(map(torch.equal, first.parameters(), second.parameters()))
+    assert not all(map(torch.equal, first.parameters(), all_classes.parameters()))
+
+
+def test_adaptation_goes_on_with_adam(narrow):
+    """Up to inner_steps the samples are those of `adapt`, from there on those of training with Adam from its weights."""
+    domains, rng = numbered_domains(), torch.Generator()
+    leaves = mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)["leaves"]
+    support = mtgan.sample_images(domains, torch.tensor([4, 5]), 5, rng.manual_seed(1))
+    results = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1, 3, 5, 8], 3))
+    assert list(results) == [0, 1, 3, 5, 8] and all(samples.shape == (2, 3, 784) for samples in results.values())
+    rng.manual_seed(2)
+    theta, phi = mtgan.players([t.detach() for t in leaves])
+    for steps, samples in results.items():
+        if steps <= 3:
+            before = max((s for s in results if s < steps), default=0)
+            theta, phi = mtgan.adapt(theta, phi, leaves[-1].detach().exp(), [support] * (steps - before), rng, second_order=False)
+            assert torch.equal(samples, mtgan.generator(theta, mtgan.noise(2, 3, rng)))
+    phase = {**mtgan.new_phase(mtgan.tensors(*([mtgan.fold(layer) for layer in layers] for layers in (theta, phi))), 0), "rng": rng}
+    for adam in phase["optimizers"]:
+        adam.param_groups[0]["lr"] = mtgan.GO_ON_RATE
+    for steps, more in ((5, 2), (8, 3)):
+        for _ in range(more):
+            mtgan.gan_step(phase, support, mtgan.FAKES)
+        assert torch.equal(results[steps], mtgan.generator(mtgan.players(phase["leaves"])[0], mtgan.noise(2, 3, rng)))
+    late = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [8], 3))         # nothing between is asked for
+    assert list(late) == [8] and late[8].shape == (2, 3, 784) and not torch.equal(late[8], results[3])
 
 
 def test_a_class_held_out_in_one_spec_is_held_out_in_all():
@@ -1144,6 +1196,19 @@ def test_third_derivative(addend):
 
 
 @on_triton
+def test_bmm_gradients_have_the_layout_of_their_matrix():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 4, generator=rng).double(), torch.randn(2, 4, 5, generator=rng).double()
+    for left in (a, a.mT.contiguous().mT):
+        for right in (b, b.mT.contiguous().mT):
+            left, right = left.detach().requires_grad_(), right.detach().requires_grad_()
+            assert torch.equal(kernels.bmm(left, right), a @ b)
+            gradients = torch.autograd.grad(kernels.bmm(left, right).sin().sum(), [left, right])
+            assert [g.stride() for g in gradients] == [left.stride(), right.stride()]
+            assert torch.autograd.gradcheck(kernels.bmm, (left, right)) and torch.autograd.gradgradcheck(kernels.bmm, (left, right))
+    assert torch.equal(torch.func.vmap(kernels.bmm)(a.expand(3, 2, 3, 4), b.expand(3, 2, 4, 5))[1], a @ b)
+
+
 def test_probe_gradient_is_the_preactivation_gradient():
     torch.manual_seed(7)
     x, weight, bias, _, g = operands(2, 3, 4, 5, addend=False)
