@@ -16,7 +16,7 @@ R: real images, z: noise, theta: generator, phi: discriminator):
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
-                        theta' = theta - a_theta dL_G/dtheta  at theta; phi', z'
+                        theta' = theta - a_theta dL_G/dtheta  at theta; phi', the same z
     (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of the distances from G(theta_k) to the query images, in the
                         middle of the inner steps and at their end, through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
@@ -418,12 +418,11 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     for real in batches:
         with torch.set_grad_enabled(second_order):
             seen = []
-            images = generator(theta, noise(len(real), 2 * FAKES, rng), seen)       # one pass: D's fakes, then those of G's own step
-            fake = images[:, :FAKES].detach() if own_paths else images[:, :FAKES]
-            d_step = discriminator_gradients(phi, real, fake)
+            fake = generator(theta, noise(len(real), FAKES, rng), seen)
+            d_step = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
         phi = remember(phi, rates[1], *d_step)
         with torch.set_grad_enabled(second_order):
-            g_step = generator_gradients(theta, detach(phi) if own_paths else phi, images[:, FAKES:], [x[:, FAKES:] for x in seen])
+            g_step = generator_gradients(theta, detach(phi) if own_paths else phi, fake, seen)
         theta = remember(theta, rates[0], *g_step)
     return theta, phi
 
@@ -439,12 +438,12 @@ def discriminator_gradients(phi, real, fake):
     g = torch.cat([(logits[:, :shots].sigmoid() - 1) / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
     return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
 
-def generator_gradients(theta, phi, images, seen):
-    """The same for G and loss_g, of images that it made of what it has seen: back through D, through tanh, through G."""
+def generator_gradients(theta, phi, fake, seen):
+    """The same for G and loss_g, of images that it made of what its layers have seen: back through D, tanh, and G."""
     seen_by_judge = []
-    g = (discriminator(phi, images, seen_by_judge).sigmoid() - 1) / images.shape[1]
+    g = (discriminator(phi, fake, seen_by_judge).sigmoid() - 1) / fake.shape[1]
     g = input_gradient(phi[0], backpropagate(phi, seen_by_judge, g.unsqueeze(-1), 0.2)[0])
-    return seen, backpropagate(theta, seen, g * (1 - images.square()), 0.0)         # tanh' = 1 - tanh²
+    return seen, backpropagate(theta, seen, g * (1 - fake.square()), 0.0)         # tanh' = 1 - tanh²
 
 # 5  Meta-training ------------------------------------------------------------------------------------------------------
 
@@ -1043,16 +1042,16 @@ def explicit_step(layers, rates, loss):
 def explicit_gradient(leaves, batches, query, algorithm, views, rng):
     """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
     tasks = len(query)
-    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[2 * FAKES] * len(part), query.shape[1])]
+    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[FAKES] * len(part), query.shape[1])]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
     for t in range(tasks):
         (theta, phi), rates, z, own = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws), 0
         for part in halves(batches):
             for real in part:
-                for_d, for_g = next(z).split(FAKES, 1)
-                fake = generator(theta, for_d)
+                seed = next(z)
+                fake = generator(theta, seed)
                 phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
-                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, for_g))))
+                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, seed))))
             fake = generator(theta, next(z))
             own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(halves(batches))
         torch._foreach_add_(gradients, grad(own, leaves))

@@ -73,8 +73,7 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     """
     rng = torch.Generator().manual_seed(seed)
     half = (len(batches) + 1) // 2              # scored after that many steps, and at the end
-    noises = [z for k in range(1, len(batches) + 1) for n in [2 * mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))
-              for z in mtgan.noise(len(query), n, rng).split(mtgan.FAKES if n == 2 * mtgan.FAKES else n, 1)]
+    noises = [mtgan.noise(len(query), n, rng) for k in range(1, len(batches) + 1) for n in [mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))]
     alpha = leaves[-1].exp().repeat_interleave(2, 1)
     shown = iter(frozen or ())
     losses = []
@@ -87,13 +86,14 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     for t in range(len(query)):
         theta, phi, z = leaves[:8], leaves[8:16], (n[t] for n in noises)
         for k, real in enumerate(batches, 1):
-            [fake] = show([mlp(theta, next(z), 0).tanh()])
+            seed = next(z)
+            [fake] = show([mlp(theta, seed, 0).tanh()])
             mine = [p.clone() for p in phi] if alias else phi
             loss = mtgan.loss_d(mlp(mine, real[t], 0.2)[:, 0], mlp(mine, fake, 0.2)[:, 0])
             phi = [p - a * g for p, a, g in zip(phi, alpha[1], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
             judge = show(phi)
             mine = [p.clone() for p in theta] if alias else theta
-            loss = mtgan.loss_g(mlp(judge, mlp(mine, next(z), 0).tanh(), 0.2)[:, 0])
+            loss = mtgan.loss_g(mlp(judge, mlp(mine, seed, 0).tanh(), 0.2)[:, 0])
             theta = [p - a * g for p, a, g in zip(theta, alpha[0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
             if k not in (half, len(batches)):
                 continue
