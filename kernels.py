@@ -312,12 +312,10 @@ def linear_torch(x, weight, bias, slope, addend):
     """fused_linear in plain PyTorch: for every device, and what the kernel is compared with."""
     if weight.dim() == 2 and (bias is None or bias.dim() == 1):
         z = F.linear(x, weight, bias)                # [T, B, N] or [B, N]: one product for all tasks
-        z = z if addend is None else z + addend
     else:
-        row = None if bias is None else bias.unsqueeze(-2)                               # [T, 1, N] or [1, N]
-        start = addend if row is None else row if addend is None else row + addend
         z = bmm(x, weight.expand(x.shape[0], *weight.shape[-2:]).mT)                     # [T, B, N]
-        z = z if start is None else z + start
+        z = z if bias is None else z + bias.unsqueeze(-2)
+    z = z if addend is None else z + addend
     return z if slope == 1 else F.leaky_relu(z, slope)
 
 

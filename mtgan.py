@@ -17,8 +17,8 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', the same z
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of the distances from G(theta_k) to the query images, in the
-                        middle of the inner steps and at their end, through all inner steps
+    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of the distances from G(theta_k) to the query images, after
+                        half of the inner steps and at their end, through all inner steps (by default)
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -289,7 +289,7 @@ class Layer(NamedTuple):
     """A linear layer and what it remembers of its inner steps, equation (4): W' = W + deltasᵀ inputs, b' = b + Σ deltas."""
     weight: torch.Tensor            # [N, K], shared by all tasks, or [T, N, K]
     bias: torch.Tensor              # [N] or [T, N]
-    inputs: torch.Tensor = None     # X [T, r, K]: r rows, a row for each image of each step
+    inputs: torch.Tensor = None     # X [T, r, K]: r rows, one for each image of each step since the last fold
     deltas: torch.Tensor = None     # Δ [T, r, N]
 
 def init_network(sizes, rng):
@@ -297,16 +297,12 @@ def init_network(sizes, rng):
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
 
-def recall(x, keys, values, shift):
-    """(x Kᵀ + shift) V, attention without a softmax over r remembered rows: x [T, B, k], K [T, r, k], V [T, r, n] -> [T, B, n]"""
-    return bmm(bmm(x, keys.mT) + shift, values)
-
 def network(layers, x, slope, seen=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]. The list `seen` gets every layer's input."""
     for i, layer in enumerate(layers):
         if seen is not None:
             seen.append(x)
-        recalled = None if layer.inputs is None else recall(x, layer.inputs, layer.deltas, 1)         # equation (4)
+        recalled = None if layer.inputs is None else bmm(bmm(x, layer.inputs.mT) + 1, layer.deltas)         # equation (4)
         last = i == len(layers) - 1
         x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=recalled, backend=KERNEL)
         if dropout and not last:
@@ -325,7 +321,7 @@ def backpropagate(layers, seen, g, slope):
 
 def input_gradient(layer, g):
     """The gradient of a layer's input from that of its pre-activation: g W', with W' as in equation (4)  # [T, B, K]"""
-    recalled = None if layer.inputs is None else recall(g, layer.deltas, layer.inputs, 0)
+    recalled = None if layer.inputs is None else bmm(bmm(g, layer.deltas.mT), layer.inputs)
     return fused_linear(g, layer.weight.mT, None, 1.0, addend=recalled, backend=KERNEL)
 
 def generator(theta, z, seen=None):
@@ -340,7 +336,8 @@ def remember(layers, rates, seen, gradients):
     """The layers after a gradient step: memory grows by the step's rows, until plain weights are cheaper.
 
     The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation: to remember x and
-    -a g is to take the step. A product with r remembered rows costs r (N + K) multiplications a row of x, with a weight of the task's own N K.
+    -a g is to take the step. For a row of x, r remembered rows cost r (N + K) multiplications on top of the product that
+    all tasks share, a weight of the task's own costs N K.
     """
     adapted = []
     for layer, rate, x, g in zip(layers, rates, seen, gradients):
@@ -357,6 +354,10 @@ def fold(layer):
     if layer.inputs is None:
         return layer
     return Layer(layer.weight + bmm(layer.deltas.mT, layer.inputs), layer.bias + layer.deltas.sum(1))
+
+def own_weights(*networks):
+    """The weights and biases that adapted layers amount to, in order  # each [T, ...]"""
+    return tensors(*([fold(layer) for layer in layers] for layers in networks))
 
 def random_start(seed, device):
     """The parameters of a new generator and discriminator, as a flat list."""
@@ -391,7 +392,7 @@ def loss_g(fake_logits):
     return F.softplus(-fake_logits).mean(-1)
 
 def energy_distance(x, y):
-    """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, 784] and y [T, m, 784]  # [T]
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, d] and y [T, m, d]  # [T]
 
     A proper score: in expectation least, and zero, where both have one distribution (Székely and Rizzo 2013; for GANs
     Bellemare et al. 2017, arXiv 1705.10743). The means over pairs leave out a sample's distance to itself.
@@ -402,8 +403,8 @@ def energy_distance(x, y):
     # |a - b|² = |a|² + |b|² - 2 ab, one product for all; rounding can make it negative where images are the same
     squared = torch.baddbmm(square.unsqueeze(1) + square.unsqueeze(2), images, images.mT, alpha=-2)
     distance = squared.masked_fill(itself, 1).clamp(min=1e-12).sqrt().masked_fill(itself, 0)       # without the gradient of sqrt at 0
-    within = lambda block, n: block.sum((1, 2)) / (n * (n - 1))
-    return 2 * distance[:, :n, n:].mean((1, 2)) - within(distance[:, :n, :n], n) - within(distance[:, n:, n:], m)
+    within = lambda block: block.sum((1, 2)) / (block.shape[1] * (block.shape[1] - 1))
+    return 2 * distance[:, :n, n:].mean((1, 2)) - within(distance[:, :n, :n]) - within(distance[:, n:, n:])
 
 # 4  Inner loop: the one place where an initialisation is adapted -------------------------------------------------------
 
@@ -412,46 +413,49 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
 
     theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784].
     second_order: keep the graph, so that a loss of the result can be differentiated through all steps; without it the
-    steps' gradients are constants, as in first-order MAML. own_paths: each player's steps see the other as a constant,
-    so that no player learns an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
+    steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each player's steps see the other as a constant,
+    so that no player lowers its loss by an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
     """
     for real in batches:
         with torch.set_grad_enabled(second_order):
             seen = []
             fake = generator(theta, noise(len(real), FAKES, rng), seen)
-            d_step = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
-        phi = remember(phi, rates[1], *d_step)
+            shown, gradients = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
+        phi = remember(phi, rates[1], shown, gradients)     # outside: first order differentiates by weights and rates, too
         with torch.set_grad_enabled(second_order):
-            g_step = generator_gradients(theta, detach(phi) if own_paths else phi, fake, seen)
-        theta = remember(theta, rates[0], *g_step)
+            gradients = generator_gradients(theta, detach(phi) if own_paths else phi, fake, seen)
+        theta = remember(theta, rates[0], seen, gradients)
     return theta, phi
 
 # The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
-# loss with respect to phi_k, autograd would follow that path, too. Backpropagation written out cannot, while the outer
-# gradient, which autograd takes through it, still sees every path.
+# loss with respect to phi_k, autograd would follow that path, too. To detach the fakes would cut it for the outer gradient as
+# well, which needs it. So the inner gradient is written out, as plain operations on values: it has no such path, and
+# autograd, which differentiates these operations for the outer gradient, still sees every one.
 
 def discriminator_gradients(phi, real, fake):
     """What D's layers see of an inner step, and the gradients of loss_d with respect to their pre-activations."""
     seen, shots = [], real.shape[1]
     logits = discriminator(phi, torch.cat([real, fake], 1), seen)
-    # d softplus(-l) / dl = -sigmoid(-l) = sigmoid(l) - 1
-    g = torch.cat([(logits[:, :shots].sigmoid() - 1) / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
+    # softplus' = sigmoid
+    g = torch.cat([-(-logits[:, :shots]).sigmoid() / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
     return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
 
 def generator_gradients(theta, phi, fake, seen):
-    """The same for G and loss_g, of images that it made of what its layers have seen: back through D, tanh, and G."""
+    """Those of loss_g with respect to G's pre-activations, back through D, tanh and G: `fake` is what theta made, `seen` what
+    its layers have seen on the way."""
     seen_by_judge = []
-    g = (discriminator(phi, fake, seen_by_judge).sigmoid() - 1) / fake.shape[1]
+    g = -(-discriminator(phi, fake, seen_by_judge)).sigmoid() / fake.shape[1]
     g = input_gradient(phi[0], backpropagate(phi, seen_by_judge, g.unsqueeze(-1), 0.2)[0])
-    return seen, backpropagate(theta, seen, g * (1 - fake.square()), 0.0)         # tanh' = 1 - tanh²
+    return backpropagate(theta, seen, g * (1 - fake.square()), 0.0)         # tanh' = 1 - tanh²
 
 # 5  Meta-training ------------------------------------------------------------------------------------------------------
 
 def outer_loss(theta, phi, query, views, rng):
     """How good adapted players are, on images that they have not seen  # [T]
 
-    The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]. No D takes part in it, so
-    phi_0 may be trained through G's score: theta_0 learns to adapt, and phi_0 to teach. Without views the game's own
+    The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]. If D gave this score, theta_0
+    could lower it by spoiling D's adaptation. No D takes part in it, so the gradient may go through both players: theta_0
+    learns to adapt, and phi_0 to be a D that teaches G fast. Without views the game's own
     losses, each player against a constant opponent; `adapt` needs own_paths then.
     """
     fake = generator(theta, noise(len(query), query.shape[1], rng))
@@ -461,19 +465,23 @@ def outer_loss(theta, phi, query, views, rng):
     return d + loss_g(discriminator(detach(phi), fake))
 
 def halves(batches):
-    """An episode is scored in its middle, so that few steps are worth something already, and at its end (a loss at more
-    than the last step: Antoniou et al. 2019, arXiv 1810.09502). Batches of the source, where there are any, come first."""
-    middle = (len(batches) + 1) // 2
-    return (batches[:middle], batches[middle:]) if len(batches) > 1 else (batches,)
+    """The batches up to where an episode is scored first, and those from there to its end.
+
+    It is scored after half of the steps on the support, which is the last batch and those that are it, so that few steps
+    are worth something already (a loss at more than the last step: Antoniou et al. 2019, arXiv 1810.09502).
+    """
+    middle = len(batches) - sum(batch is batches[-1] for batch in batches) // 2
+    return [part for part in (batches[:middle], batches[middle:]) if part]
 
 def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
 
     The last leaf holds logarithms, so that a rate stays positive. algorithm:
-    maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
+    maml     differentiates through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
-             them, then gets no gradient
-    reptile  towards the adapted weights, the loss is only shown (Nichol et al. 2018, arXiv 1803.02999); the rates stay
+             them, then gets no gradient, nor do D's rates
+    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place (Nichol et al. 2018,
+             arXiv 1803.02999); the loss is only shown, the rates stay
     """
     rates, (theta, phi), losses = leaves[-1].exp(), players(leaves), []
     for part in halves(batches):
@@ -481,9 +489,8 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
         losses.append(outer_loss(theta, phi, query, views, rng).mean())
     loss = sum(losses) / len(losses)
     if algorithm == "reptile":
-        ends = tensors(*([fold(layer) for layer in layers] for layers in (theta, phi)))         # each [T, ...]
-        return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, ends)], torch.zeros_like(rates)]
-    return loss.detach(), grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, own_weights(theta, phi))], torch.zeros_like(rates)]
+    return loss.detach(), grad(loss, leaves, materialize_grads=True)
 
 def new_phase(flat, seed, settings=None):
     """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
@@ -496,7 +503,7 @@ def new_phase(flat, seed, settings=None):
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
-        # A logarithm must move by tenths where a weight moves by thousandths. Tensors, for a CUDA graph to see them change.
+        # A logarithm must move faster than a weight. Tensors, for a CUDA graph to see them change.
         groups = [[{"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
                    for part, lr in ((leaves[:-1], settings.meta_lr), (leaves[-1:], 12.5 * settings.meta_lr))]]
     else:
@@ -506,7 +513,7 @@ def new_phase(flat, seed, settings=None):
             "rng": torch.Generator(flat[0].device).manual_seed(seed)}
 
 def update(optimizer, leaves, gradients, clip=math.inf):
-    """An optimiser's step with gradients of at most this norm; nothing happens where not all is finite, which it returns.
+    """An optimiser's step with gradients of at most this norm; nothing happens where not all is finite; returns whether all was.
 
     All of it, that decision too, stays on the device: fused Adam looks for `found_inf`, as it does for a GradScaler.
     """
@@ -532,7 +539,7 @@ def pretraining_step(phase, domains, augment):
     """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
     rng = phase["rng"]
     classes = domains.pairs.unique()
-    tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image from a class of its own
+    tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image of a class drawn for it
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
     return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
@@ -540,7 +547,7 @@ def pretraining_step(phase, domains, augment):
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
 
-    Nothing in it waits for the device. Returns, there: whether all was finite, the loss, the rates  # [1 + 1 + 8]
+    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the rates  # [1 + 1 + 8]
     """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
@@ -583,7 +590,7 @@ def captured(step):
             state = phase["rng"].get_state()
             try:
                 graph.register_generator_state(phase["rng"])
-                with torch.cuda.stream(side), torch.cuda.graph(graph):          # records, runs nothing
+                with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):         # records, runs nothing
                     result = step(phase)
             except RuntimeError as error:
                 show(f"going on without a CUDA graph ({' '.join(str(error).split()):.100})", last=True)
@@ -665,25 +672,28 @@ def train(run, domains, settings, save):
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
 
 def few_shot(leaves, sources, support, n, rng, test_steps, inner_steps):
-    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784]).
+    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784]) for the
+    test_steps, which ascend.
 
     The inner steps that were learned come first; where more are asked for than were learned, ordinary training goes on.
     """
     leaves = [t.detach() for t in leaves]
     go = lambda theta, phi, batches: adapt(theta, phi, leaves[-1].exp(), batches, rng, second_order=False)
-    learned = [steps for steps in test_steps if steps < inner_steps] + [inner_steps]
+    last = min(inner_steps, test_steps[-1])
+    learned = [steps for steps in test_steps if steps < last] + [last]
     theta, phi = go(*players(leaves), sources)
     for before, steps in zip((0, *learned), learned):
         theta, phi = go(theta, phi, [support] * (steps - before))
         if steps in test_steps:
             yield steps, generator(theta, noise(len(support), n, rng))
-    more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
-    ends = tensors(*([fold(layer) for layer in layers] for layers in (theta, phi)))             # each [T, ...]
-    for steps, samples in fine_tune(ends, GO_ON_RATE, [], support, n, rng, more):
-        yield inner_steps + steps, samples
+    if test_steps[-1] > inner_steps:
+        more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
+        for steps, samples in fine_tune(own_weights(theta, phi), GO_ON_RATE, [], support, n, rng, more):
+            yield inner_steps + steps, samples
 
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
-    """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.
+    """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own (a
+    step that is not finite for one is skipped for all).
 
     leaves: [T, ...] each, or shared by the tasks, to start with.
     """
@@ -1034,7 +1044,7 @@ def slug(text):
 # 8  Measurement: --benchmark -------------------------------------------------------------------------------------------
 
 def explicit_step(layers, rates, loss):
-    """What `inner_step` replaces: weights of the task's own. The gradient is taken at aliases, so it is partial, too."""
+    """What `remember` replaces: weights of the task's own. The gradient is taken at aliases, so it is partial, too."""
     aliases = [Layer(layer.weight.view_as(layer.weight), layer.bias.view_as(layer.bias)) for layer in layers]
     gradients = grad(loss(aliases).sum(), tensors(aliases), create_graph=True)
     return [Layer(layer.weight - rate * w, layer.bias - rate * b) for layer, rate, w, b in zip(layers, rates, gradients[::2], gradients[1::2])]

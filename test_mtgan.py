@@ -204,6 +204,12 @@ def test_reptile_moves_towards_the_adapted_weights(small):
     assert gradient[16].abs().max() == 0
 
 
+def test_an_episode_is_scored_after_half_of_the_steps_on_the_support():
+    source, support = torch.zeros(1), torch.ones(1)
+    for sources, steps, expected in ((0, 10, [5, 5]), (0, 5, [3, 2]), (0, 1, [1]), (1, 2, [2, 1]), (10, 10, [15, 5]), (3, 1, [4])):
+        assert [len(part) for part in mtgan.halves([source] * sources + [support] * steps)] == expected
+
+
 def test_memory_folds_into_weights_where_those_are_cheaper(small):
     leaves, batches, _ = small
     theta, _ = mtgan.players(leaves)
@@ -322,7 +328,7 @@ class GraphOnCpu:
 
 
 @contextlib.contextmanager
-def capture_on_cpu(graph):
+def capture_on_cpu(graph, stream):
     if GraphOnCpu.fails and "begin" in GraphOnCpu.fails:
         raise RuntimeError(GraphOnCpu.fails)
     yield
@@ -609,6 +615,8 @@ def test_adaptation_goes_on_with_adam(narrow):
         assert torch.equal(results[steps], mtgan.generator(mtgan.players(phase["leaves"])[0], mtgan.noise(2, 3, rng)))
     late = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [8], 3))         # nothing between is asked for
     assert list(late) == [8] and late[8].shape == (2, 3, 784) and not torch.equal(late[8], results[3])
+    early = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1], 3))     # fewer than were learned
+    assert list(early) == [0, 1] and torch.equal(early[1], results[1])
 
 
 def test_a_class_held_out_in_one_spec_is_held_out_in_all():
