@@ -402,7 +402,7 @@ def energy_distance(x, y):
     square, itself = images.square().sum(-1), torch.eye(n + m, dtype=torch.bool, device=x.device)
     # |a - b|² = |a|² + |b|² - 2 ab, one product for all; rounding can make it negative where images are the same
     squared = torch.baddbmm(square.unsqueeze(1) + square.unsqueeze(2), images, images.mT, alpha=-2)
-    distance = squared.masked_fill(itself, 1).clamp(min=1e-12).sqrt().masked_fill(itself, 0)       # without the gradient of sqrt at 0
+    distance = squared.clamp(min=1e-12).sqrt().masked_fill(itself, 0)
     within = lambda block: block.sum((1, 2)) / (block.shape[1] * (block.shape[1] - 1))
     return 2 * distance[:, :n, n:].mean((1, 2)) - within(distance[:, :n, :n]) - within(distance[:, n:, n:])
 

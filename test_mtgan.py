@@ -441,6 +441,15 @@ def test_energy_distance():
     assert far > 1
 
 
+def test_energy_distance_where_images_are_the_same():
+    """Rounding must not make a distance of nothing a root of a negative number, or its gradient infinite."""
+    image = torch.rand(1, 1, 784, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x, y = image.expand(1, 6, 784).clone().requires_grad_(), torch.cat([image, -image], 1)
+    distance = mtgan.energy_distance(x, y)
+    apart = 2 * image.norm()                                # E|x - y| is half of it, E|y - y'| the whole
+    assert abs(distance.item()) < 1e-3 * apart and torch.autograd.grad(distance.sum(), x)[0].isfinite().all()
+
+
 def test_edges_are_differences_of_neighbours():
     image = torch.zeros(1, 1, 784)
     image[..., 5 * 28 + 7] = 1                              # one bright pixel: an edge on either side of it, in both directions
