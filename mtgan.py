@@ -316,7 +316,7 @@ def backpropagate(layers, seen, g, slope):
     """
     gradients = [g]
     for layer, x in zip(layers[:0:-1], seen[:0:-1]):
-        gradients.insert(0, input_gradient(layer, gradients[0]) * (x > 0).to(x).clamp(min=slope))
+        gradients.insert(0, input_gradient(layer, gradients[0]) * x.detach().sign().clamp(min=slope))
     return gradients
 
 def input_gradient(layer, g):
