@@ -626,6 +626,9 @@ def test_adaptation_goes_on_with_adam(narrow):
     assert list(late) == [8] and late[8].shape == (2, 3, 784) and not torch.equal(late[8], results[3])
     early = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1], 3))     # fewer than were learned
     assert list(early) == [0, 1] and torch.equal(early[1], results[1])
+    state = rng.get_state()
+    dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1], 1))
+    assert torch.equal(state, rng.get_state())              # nor did it take steps that nobody asked for
 
 
 def test_a_class_held_out_in_one_spec_is_held_out_in_all():
@@ -1212,7 +1215,6 @@ def test_third_derivative(addend):
         close(right, left, 1e-11)
 
 
-@on_triton
 def test_bmm_gradients_have_the_layout_of_their_matrix():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 3, 4, generator=rng).double(), torch.randn(2, 4, 5, generator=rng).double()
@@ -1226,6 +1228,7 @@ def test_bmm_gradients_have_the_layout_of_their_matrix():
     assert torch.equal(torch.func.vmap(kernels.bmm)(a.expand(3, 2, 3, 4), b.expand(3, 2, 4, 5))[1], a @ b)
 
 
+@on_triton
 def test_probe_gradient_is_the_preactivation_gradient():
     torch.manual_seed(7)
     x, weight, bias, _, g = operands(2, 3, 4, 5, addend=False)
