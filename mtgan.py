@@ -413,8 +413,9 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
 
     theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784].
     second_order: keep the graph, so that a loss of the result can be differentiated through all steps; without it the
-    steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each player's steps see the other as a constant,
-    so that no player lowers its loss by an initialisation that makes the *other* learn badly. Returns the adapted theta and phi.
+    steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each player's steps see the other as a
+    constant, so that no player lowers its loss by an initialisation that makes the *other* learn badly. Returns the adapted
+    theta and phi.
     """
     for real in batches:
         with torch.set_grad_enabled(second_order):
@@ -455,8 +456,8 @@ def outer_loss(theta, phi, query, views, rng):
 
     The energy distance in every one of the `views`, functions of images [T, n, 784] -> [T, n, d]. If D gave this score, theta_0
     could lower it by spoiling D's adaptation. No D takes part in it, so the gradient may go through both players: theta_0
-    learns to adapt, and phi_0 to be a D that teaches G fast. Without views the game's own
-    losses, each player against a constant opponent; `adapt` needs own_paths then.
+    learns to adapt, and phi_0 to be a D that teaches G fast. Without views the game's own losses, each player against a
+    constant opponent; `adapt` needs own_paths then.
     """
     fake = generator(theta, noise(len(query), query.shape[1], rng))
     if views:
@@ -692,10 +693,9 @@ def few_shot(leaves, sources, support, n, rng, test_steps, inner_steps):
             yield inner_steps + steps, samples
 
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
-    """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own (a
-    step that is not finite for one is skipped for all).
+    """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.
 
-    leaves: [T, ...] each, or shared by the tasks, to start with.
+    A step that is not finite for one task is skipped for all. leaves: [T, ...] each, or shared by the tasks, to start with.
     """
     shared = leaves[1].dim() == 1               # G's first bias
     phase = {**new_phase([t.expand(len(support), *t.shape) if shared else t for t in leaves], 0), "rng": rng}
@@ -997,7 +997,8 @@ def load_run(path, device, resume):
         if resume:
             run["phases"] = {name: load_phase(saved, settings, device) for name, saved in run["phases"].items()}
         form = {"settings": {}, "names": [], "count": [], "title": "", "log": [], "phases": {}, "seconds": 0.0}
-        if not all(type(run[key]) is type(value) for key, value in form.items()) or settings.inner_steps < 1 or run["source images"].shape[1:] != (settings.shots, PIXELS):
+        if (not all(type(run[key]) is type(value) for key, value in form.items()) or settings.inner_steps < 1
+                or run["source images"].shape[1:] != (settings.shots, PIXELS)):
             raise ValueError("something is missing")
         if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
             raise ValueError("other networks than MT-GAN's")
