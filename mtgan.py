@@ -24,6 +24,7 @@ R: real images, z: noise, theta: generator, phi: discriminator):
                         adapted layer is the shared layer plus attention over what it was adapted on.
 """
 import argparse, contextlib, csv, io, json, math, os, re, signal, socket, sys, time, zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +53,8 @@ CLIP = 1.0                  # largest norm of an outer gradient
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
-GO_ON_RATE = 1e-4           # Adam's learning rate where adaptation goes on after the learned steps
-GAN_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)      # the grid from which the baselines' learning rate is chosen
+GO_ON_RATE = 1e-4           # Adam's learning rate where a deployed adaptation goes on after the learned steps
+GAN_RATES = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)        # the grid from which it is chosen in meta-testing
 ARTEFACTS = ("checkpoint.pt", "log.csv", "report.json", "adaptation.png", "samples.png")
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
 INTERRUPTED = []            # not empty once Ctrl-C was pressed
@@ -281,7 +282,7 @@ def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     if augment:
         other = sample_pairs(domains, len(pairs), rng)[:, 1]
         images = new_domain(images, sample_images(domains, other, shots + queries, rng), rng)
-    return sources, images[:, :shots], images[:, shots:]
+    return sources, images[:, :shots].contiguous(), images[:, shots:]
 
 # 2  Networks: pure functions of their parameters -----------------------------------------------------------------------
 
@@ -297,14 +298,21 @@ def init_network(sizes, rng):
     draw = lambda k, *shape: (torch.rand(shape, generator=rng, device=rng.device) * 2 - 1) / math.sqrt(k)
     return [Layer(draw(k, n, k), draw(k, n)) for k, n in zip(sizes, sizes[1:])]
 
-def network(layers, x, slope, seen=None, dropout=0.0, rng=None):
-    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]. The list `seen` gets every layer's input."""
+def linear(layer, x, slope=1.0):
+    """A layer, equation (4), and its LeakyReLU: x [T, B, K] -> [T, B, N]"""
+    recalled = None if layer.inputs is None else bmm(bmm(x, layer.inputs.mT) + 1, layer.deltas)
+    return fused_linear(x, layer.weight, layer.bias, slope, addend=recalled, backend=KERNEL)
+
+def network(layers, x, slope, seen=None, first=None, dropout=0.0, rng=None):
+    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
+
+    The list `seen` gets every layer's input; `first` is what the first layer makes of x, where that is known already.
+    """
     for i, layer in enumerate(layers):
         if seen is not None:
             seen.append(x)
-        recalled = None if layer.inputs is None else bmm(bmm(x, layer.inputs.mT) + 1, layer.deltas)         # equation (4)
         last = i == len(layers) - 1
-        x = fused_linear(x, layer.weight, layer.bias, 1.0 if last else slope, addend=recalled, backend=KERNEL)
+        x = F.leaky_relu(first, slope) if i == 0 and first is not None else linear(layer, x, 1.0 if last else slope)
         if dropout and not last:
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
     return x
@@ -328,22 +336,26 @@ def generator(theta, z, seen=None):
     """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
     return network(theta, z, 0.0, seen).tanh()          # slope 0 is ReLU
 
-def discriminator(phi, x, seen=None, dropout=0.0, rng=None):
+def discriminator(phi, x, seen=None, first=None, dropout=0.0, rng=None):
     """Images [T, B, 784] -> logits, positive where D thinks them real  # [T, B]"""
-    return network(phi, x, 0.2, seen, dropout, rng).squeeze(-1)
+    return network(phi, x, 0.2, seen, first, dropout, rng).squeeze(-1)
 
-def remember(layers, rates, seen, gradients):
+def remember(layers, rates, seen, gradients, again=0):
     """The layers after a gradient step: memory grows by the step's rows, until plain weights are cheaper.
 
     The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation: to remember x and
     -a g is to take the step. For a row of x, r remembered rows cost r (N + K) multiplications on top of the product that
-    all tasks share, a weight of the task's own costs N K.
+    all tasks share, a weight of the task's own costs N K. A new batch's rows come first. `again`: so many rows the first
+    layer has seen in the last step as well; they are there, and only their deltas add up.
     """
     adapted = []
-    for layer, rate, x, g in zip(layers, rates, seen, gradients):
+    for i, (layer, rate, x, g) in enumerate(zip(layers, rates, seen, gradients)):
         delta = -rate * g
-        if layer.inputs is not None:
-            x, delta = torch.cat([layer.inputs, x], 1), torch.cat([layer.deltas, delta], 1)
+        if layer.inputs is not None and again and i == 0:
+            there, others = layer.deltas.split([again, layer.deltas.shape[1] - again], 1)
+            x, delta = torch.cat([layer.inputs, x[:, again:]], 1), torch.cat([there + delta[:, :again], others, delta[:, again:]], 1)
+        elif layer.inputs is not None:
+            x, delta = torch.cat([x, layer.inputs], 1), torch.cat([delta, layer.deltas], 1)
         layer = Layer(layer.weight, layer.bias, x, delta)
         n, k = layer.weight.shape[-2:]
         adapted.append(fold(layer) if x.shape[1] * (n + k) > n * k else layer)
@@ -414,39 +426,52 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784].
     second_order: keep the graph, so that a loss of the result can be differentiated through all steps; without it the
     steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each player's steps see the other as a
-    constant, so that no player lowers its loss by an initialisation that makes the *other* learn badly. Returns the adapted
-    theta and phi.
+    constant, so that no player lowers its loss by an initialisation that makes the *other* learn badly. Yields theta and phi
+    as they are, and after every step.
     """
-    for real in batches:
+    yield theta, phi
+    real = None
+    for batch in batches:
+        again, real, shots = batch is real, batch, batch.shape[1]
         with torch.set_grad_enabled(second_order):
             seen = []
             fake = generator(theta, noise(len(real), FAKES, rng), seen)
-            shown, gradients = discriminator_gradients(phi, real, fake.detach() if own_paths else fake)
-        phi = remember(phi, rates[1], shown, gradients)     # outside: first order differentiates by weights and rates, too
-        with torch.set_grad_enabled(second_order):
-            gradients = generator_gradients(theta, detach(phi) if own_paths else phi, fake, seen)
+            shown = fake.detach() if own_paths else fake
+            images = torch.cat([real, shown], 1)                            # [T, shots + FAKES, 784]
+            # D's first layer is its largest, and sees the support at every step, the fakes twice in a step. What it makes
+            # of an image is computed once; from then on, a step only adds its own (x Xᵀ + 1) Δ to that, equation (4).
+            first = torch.cat([first[:, :shots] if again else linear(phi[0], real), linear(phi[0], shown)], 1)
+            seen_by_d, gradients = discriminator_gradients(phi, images, first, shots)
+            first = first + bmm(bmm(images, images.mT) + 1, -rates[1][0] * gradients[0])
+        phi = remember(phi, rates[1], seen_by_d, gradients, shots * again)      # outside: first order differentiates by
+        with torch.set_grad_enabled(second_order):                              # weights and rates, too
+            judge, known = (detach(phi), None) if own_paths else (phi, first[:, shots:])
+            gradients = generator_gradients(theta, judge, fake, known, seen)
         theta = remember(theta, rates[0], seen, gradients)
-    return theta, phi
+        yield theta, phi
 
 # The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
 # loss with respect to phi_k, autograd would follow that path, too. To detach the fakes would cut it for the outer gradient as
 # well, which needs it. So the inner gradient is written out, as plain operations on values: it has no such path, and
 # autograd, which differentiates these operations for the outer gradient, still sees every one.
 
-def discriminator_gradients(phi, real, fake):
-    """What D's layers see of an inner step, and the gradients of loss_d with respect to their pre-activations."""
-    seen, shots = [], real.shape[1]
-    logits = discriminator(phi, torch.cat([real, fake], 1), seen)
+def discriminator_gradients(phi, images, first, shots):
+    """What D's layers see of an inner step, and the gradients of loss_d with respect to their pre-activations.
+
+    images: `shots` real ones and the fakes; first: the first layer's pre-activations of them.
+    """
+    seen = []
+    logits = discriminator(phi, images, seen, first)
     # softplus' = sigmoid
-    g = torch.cat([-(-logits[:, :shots]).sigmoid() / shots, logits[:, shots:].sigmoid() / fake.shape[1]], 1)
+    g = torch.cat([-(-logits[:, :shots]).sigmoid() / shots, logits[:, shots:].sigmoid() / FAKES], 1)
     return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
 
-def generator_gradients(theta, phi, fake, seen):
+def generator_gradients(theta, phi, fake, first, seen):
     """Those of loss_g with respect to G's pre-activations, back through D, tanh and G: `fake` is what theta made, `seen` what
-    its layers have seen on the way."""
-    seen_by_judge = []
-    g = -(-discriminator(phi, fake, seen_by_judge)).sigmoid() / fake.shape[1]
-    g = input_gradient(phi[0], backpropagate(phi, seen_by_judge, g.unsqueeze(-1), 0.2)[0])
+    its layers have seen on the way, `first` what D's first layer makes of it, if known."""
+    seen_by_d = []
+    g = -(-discriminator(phi, fake, seen_by_d, first)).sigmoid() / FAKES
+    g = input_gradient(phi[0], backpropagate(phi, seen_by_d, g.unsqueeze(-1), 0.2)[0])
     return backpropagate(theta, seen, g * (1 - fake.square()), 0.0)         # tanh' = 1 - tanh²
 
 # 5  Meta-training ------------------------------------------------------------------------------------------------------
@@ -465,14 +490,13 @@ def outer_loss(theta, phi, query, views, rng):
     d = loss_d(discriminator(phi, query), discriminator(phi, fake.detach()))
     return d + loss_g(discriminator(detach(phi), fake))
 
-def halves(batches):
-    """The batches up to where an episode is scored first, and those from there to its end.
+def scored(batches):
+    """After how many steps an episode is scored: at its end, and after half of the steps on the support.
 
-    It is scored after half of the steps on the support, which is the last batch and those that are it, so that few steps
-    are worth something already (a loss at more than the last step: Antoniou et al. 2019, arXiv 1810.09502).
+    The support is the last batch, and those that are it. Scored early, few steps are worth something already (a loss at more
+    than the last step: Antoniou et al. 2019, arXiv 1810.09502).
     """
-    middle = len(batches) - sum(batch is batches[-1] for batch in batches) // 2
-    return [part for part in (batches[:middle], batches[middle:]) if part]
+    return sorted({len(batches) - sum(batch is batches[-1] for batch in batches) // 2, len(batches)})
 
 def meta_gradient(leaves, batches, query, algorithm, views, rng):
     """Loss of an episode and its gradient with respect to leaves = [*theta, *phi, log_rates], equation (3).
@@ -484,10 +508,10 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place (Nichol et al. 2018,
              arXiv 1803.02999); the loss is only shown, the rates stay
     """
-    rates, (theta, phi), losses = leaves[-1].exp(), players(leaves), []
-    for part in halves(batches):
-        theta, phi = adapt(theta, phi, rates, part, rng, second_order=algorithm == "maml", own_paths=not views)
-        losses.append(outer_loss(theta, phi, query, views, rng).mean())
+    rates, losses = leaves[-1].exp(), []
+    for steps, (theta, phi) in enumerate(adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=not views)):
+        if steps in scored(batches):
+            losses.append(outer_loss(theta, phi, query, views, rng).mean())
     loss = sum(losses) / len(losses)
     if algorithm == "reptile":
         return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, own_weights(theta, phi))], torch.zeros_like(rates)]
@@ -672,24 +696,21 @@ def train(run, domains, settings, save):
 
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
 
-def few_shot(leaves, sources, support, n, rng, test_steps, inner_steps):
+def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
     """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784]) for the
     test_steps, which ascend.
 
-    The inner steps that were learned come first; where more are asked for than were learned, ordinary training goes on.
+    The inner steps that were learned come first; where more are asked for than were learned, ordinary training goes on,
+    with Adam at the learning rate lr.
     """
     leaves = [t.detach() for t in leaves]
-    go = lambda theta, phi, batches: adapt(theta, phi, leaves[-1].exp(), batches, rng, second_order=False)
-    last = min(inner_steps, test_steps[-1])
-    learned = [steps for steps in test_steps if steps < last] + [last]
-    theta, phi = go(*players(leaves), sources)
-    for before, steps in zip((0, *learned), learned):
-        theta, phi = go(theta, phi, [support] * (steps - before))
+    batches = [*sources, *[support] * min(inner_steps, test_steps[-1])]
+    for steps, (theta, phi) in enumerate(adapt(*players(leaves), leaves[-1].exp(), batches, rng, second_order=False), -len(sources)):
         if steps in test_steps:
             yield steps, generator(theta, noise(len(support), n, rng))
     if test_steps[-1] > inner_steps:
         more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
-        for steps, samples in fine_tune(own_weights(theta, phi), GO_ON_RATE, [], support, n, rng, more):
+        for steps, samples in fine_tune(own_weights(theta, phi), lr, [], support, n, rng, more):
             yield inner_steps + steps, samples
 
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
@@ -798,13 +819,16 @@ def draw_test(domains, pairs, settings, rng, augment=False):
     sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
     return sources, support, rest[:, :n], rest[:, n:]
 
-def choose_rates(leaves, domains, settings, classifier):
-    """A baseline's best learning rate for every number of steps, on made-up domains of the *meta-training* classes."""
+def choose_rates(method, domains, settings, classifier):
+    """Adam's best learning rate for every number of steps, on made-up domains of the *meta-training* classes.
+
+    method: `few_shot` or `fine_tune` with all arguments but lr to test_steps.
+    """
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
     test = draw_test(domains, pairs, settings, rng, augment=True)
     for lr in settings.gan_rates:
-        for steps, samples in fine_tune(leaves, lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
+        for steps, samples in method(lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
 
@@ -812,14 +836,16 @@ def meta_test(run, domains, settings, classifier):
     """Every method on every held-out pair and test seed, on the same images.
 
     Returns the results, a dict for each; the first images of everything, (method, steps) -> [T, 16, 784]; and the
-    baselines' learning rates.
+    learning rates chosen.
     """
-    pairs, results, film = held_out_pairs(domains, settings.seed), [], {}
-    rng, chosen = torch.Generator(domains.images.device).manual_seed(settings.seed + 1), {}
-    baselines = {"from scratch": random_start(settings.seed + 1, rng.device), "transfer": run["phases"]["transfer"]["leaves"]}
-    for name, leaves in baselines.items():
+    pairs, results, film, chosen = held_out_pairs(domains, settings.seed), [], {}, {}
+    rng = torch.Generator(domains.images.device).manual_seed(settings.seed + 1)
+    methods = {"MT-GAN": partial(few_shot, run["phases"]["meta-training"]["average"], inner_steps=settings.inner_steps),
+               "from scratch": partial(fine_tune, random_start(settings.seed + 1, rng.device)),
+               "transfer": partial(fine_tune, run["phases"]["transfer"]["leaves"])}
+    for name, method in methods.items():
         show(f"choosing learning rates for '{name}'")
-        chosen[name] = choose_rates(leaves, domains, settings, classifier)
+        chosen[name] = choose_rates(method, domains, settings, classifier)
     for seed in range(settings.test_seeds):
         show(f"meta-testing on {len(pairs)} held-out pairs, support {seed + 1} of {settings.test_seeds}")
         test = sources, support, fresh, _ = draw_test(domains, pairs, settings, rng)
@@ -832,16 +858,14 @@ def meta_test(run, domains, settings, classifier):
 
         film.setdefault(("support", None), support[:, :16].cpu())
         record("real images", None, fresh)
-        for method, samples in without_a_gan(support, n, rng):
-            record(method, None, samples)
-        for steps, samples in few_shot(run["phases"]["meta-training"]["average"], sources, support, n, rng, settings.test_steps, settings.inner_steps):
-            record("MT-GAN", steps, samples)
-        for method, leaves in baselines.items():
-            for lr in sorted(set(chosen[method].values())):
-                last = max(steps for steps, rate in chosen[method].items() if rate == lr)        # nobody looks at this rate after it
-                for steps, samples in fine_tune(leaves, lr, sources, support, n, rng, [steps for steps in settings.test_steps if steps <= last]):
-                    if chosen[method][steps] == lr:
-                        record(method, steps, samples)
+        for name, samples in without_a_gan(support, n, rng):
+            record(name, None, samples)
+        for name, method in methods.items():
+            for lr in sorted(set(chosen[name].values())):
+                last = max(steps for steps, rate in chosen[name].items() if rate == lr)         # nobody looks at this rate after it
+                for steps, samples in method(lr, sources, support, n, rng, [steps for steps in settings.test_steps if steps <= last]):
+                    if chosen[name][steps] == lr:
+                        record(name, steps, samples)
     return pairs, results, film, chosen
 
 def interval(values):
@@ -1027,7 +1051,7 @@ def deploy(settings, device):
     to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
     support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
     sources = [to_float(batch) for batch in run["source images"]]
-    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], sources, support, settings.samples, rng, [settings.steps], run["settings"]["inner_steps"])
+    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], GO_ON_RATE, sources, support, settings.samples, rng, [settings.steps], run["settings"]["inner_steps"])
     samples = samples[0].cpu()
     if not samples.isfinite().all():
         raise UserError(f"the adaptation diverged within {settings.steps} steps; take fewer --steps, or more --shots")
@@ -1053,18 +1077,18 @@ def explicit_step(layers, rates, loss):
 def explicit_gradient(leaves, batches, query, algorithm, views, rng):
     """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
     tasks = len(query)
-    draws = [noise(tasks, n, rng) for part in halves(batches) for n in (*[FAKES] * len(part), query.shape[1])]
+    draws = [noise(tasks, n, rng) for step in range(1, len(batches) + 1) for n in [FAKES] + [query.shape[1]] * (step in scored(batches))]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
     for t in range(tasks):
         (theta, phi), rates, z, own = players(leaves), leaves[-1].exp(), (draw[t:t + 1] for draw in draws), 0
-        for part in halves(batches):
-            for real in part:
-                seed = next(z)
-                fake = generator(theta, seed)
-                phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
-                theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, seed))))
-            fake = generator(theta, next(z))
-            own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(halves(batches))
+        for step, real in enumerate(batches, 1):
+            seed = next(z)
+            fake = generator(theta, seed)
+            phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
+            theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, seed))))
+            if step in scored(batches):
+                fake = generator(theta, next(z))
+                own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(scored(batches))
         torch._foreach_add_(gradients, grad(own, leaves))
         loss += own.detach()
     return loss, gradients

@@ -41,20 +41,25 @@ TINY = ["--source", "digits:0-5", "--target", "garments:0-2", "--source-steps", 
 # ----------------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def small(monkeypatch):
-    """Networks of a few units in float64, and an episode for them: leaves, batches, query."""
+def small(monkeypatch, request):
+    """Networks of a few units in float64, and an episode for them: leaves, batches, query. Of the layers of D, the first has
+    its memory folded at every step, or with the parameters WIDE after some steps."""
+    pixels, width, steps = getattr(request, "param", (7, 14, 2))
     monkeypatch.setattr(mtgan, "NOISE", 3)
     monkeypatch.setattr(mtgan, "FAKES", 4)
-    monkeypatch.setattr(mtgan, "GENERATOR_SIZES", (3, 16, 14, 12, 7))
-    monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (7, 14, 12, 16, 1))
+    monkeypatch.setattr(mtgan, "GENERATOR_SIZES", (3, 16, 14, 12, pixels))
+    monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (pixels, width, 12, 16, 1))
     torch.set_default_dtype(torch.float64)
     rng = torch.Generator().manual_seed(3)
     leaves = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
     rates = torch.log(0.2 + 0.3 * torch.rand(2, 4, generator=rng))
     leaves = [(1.5 * t).requires_grad_() for t in leaves] + [rates.requires_grad_()]
-    source, support, query = (torch.rand(2, n, 7, generator=rng) * 2 - 1 for n in (5, 5, 6))
-    yield leaves, [source, support, support], query
+    source, support, query = (torch.rand(2, n, pixels, generator=rng) * 2 - 1 for n in (5, 5, 6))
+    yield leaves, [source, *[support] * steps], query
     torch.set_default_dtype(torch.float32)
+
+
+WIDE = (40, 60, 6)
 
 
 def mlp(weights, x, slope):
@@ -72,7 +77,7 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     record: a list that gets what each step showed to the opponent; frozen: such a list, shown instead, as constants.
     """
     rng = torch.Generator().manual_seed(seed)
-    half = (len(batches) + 1) // 2              # scored after that many steps, and at the end
+    half = 1 + len(batches) // 2                # scored after the source and half of the steps on the support, and at the end
     noises = [mtgan.noise(len(query), n, rng) for k in range(1, len(batches) + 1) for n in [mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))]
     alpha = leaves[-1].exp().repeat_interleave(2, 1)
     shown = iter(frozen or ())
@@ -153,6 +158,29 @@ def test_second_order_is_not_first_order(small, score):
         assert relative(first[part], second[part]) > 0.01, group
 
 
+@pytest.mark.parametrize("small", [WIDE], indirect=True)
+def test_the_support_is_remembered_once(small):
+    """What D's first layer remembers: a new batch and its fakes, then only the fakes, until it is folded, and so on."""
+    leaves, batches, _ = small
+    steps = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches, torch.Generator().manual_seed(5))
+    memory = [phi[0].inputs for _, phi in steps]
+    assert [0 if m is None else m.shape[1] for m in memory] == [0, 9, 18, 22, 0, 9, 13, 17]
+    assert all(torch.equal(m[:, :5], batches[step - 1]) for step, m in enumerate(memory) if m is not None)
+
+
+@pytest.mark.parametrize("score", ["energy", "adversarial"])
+@pytest.mark.parametrize("small", [WIDE], indirect=True)
+def test_dual_form_is_the_explicit_form_where_the_support_is_remembered(small, score):
+    leaves, batches, query = small
+    loss, gradient = meta_gradient(small, score=score)
+    frozen = None
+    if score == "adversarial":
+        explicit_episode(leaves, batches, query, score, 5, record=(frozen := []))
+    expected = explicit_episode(leaves, batches, query, score, 5, frozen=frozen)
+    assert abs(loss - expected) < 1e-12
+    assert relative(gradient, torch.autograd.grad(expected, leaves)) < 1e-12
+
+
 def test_dual_form_is_the_explicit_form(small):
     leaves, batches, query = small
     loss, gradient = meta_gradient(small)
@@ -195,10 +223,10 @@ def test_inner_gradients_are_partial(small):
 def test_reptile_moves_towards_the_adapted_weights(small):
     leaves, batches, query = small
     _, gradient = meta_gradient(small, "reptile")
-    (theta, phi), rng = mtgan.players(leaves), torch.Generator().manual_seed(5)
-    for part in (batches[:2], batches[2:]):
-        theta, phi = mtgan.adapt(theta, phi, leaves[-1].exp(), part, rng)
-        mtgan.noise(len(query), query.shape[1], rng)            # for the loss that is shown
+    rng = torch.Generator().manual_seed(5)
+    for steps, (theta, phi) in enumerate(mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches, rng)):
+        if steps == 2:
+            mtgan.noise(len(query), query.shape[1], rng)        # for the loss that is shown
     ends = mtgan.tensors(*([mtgan.fold(layer) for layer in layers] for layers in (theta, phi)))
     assert relative(gradient[:16], [start - end.mean(0) for start, end in zip(leaves, ends)]) < 1e-12
     assert gradient[16].abs().max() == 0
@@ -206,16 +234,16 @@ def test_reptile_moves_towards_the_adapted_weights(small):
 
 def test_an_episode_is_scored_after_half_of_the_steps_on_the_support():
     source, support = torch.zeros(1), torch.ones(1)
-    for sources, steps, expected in ((0, 10, [5, 5]), (0, 5, [3, 2]), (0, 1, [1]), (1, 2, [2, 1]), (10, 10, [15, 5]), (3, 1, [4])):
-        assert [len(part) for part in mtgan.halves([source] * sources + [support] * steps)] == expected
+    for sources, steps, expected in ((0, 10, [5, 10]), (0, 5, [3, 5]), (0, 1, [1]), (1, 2, [2, 3]), (10, 10, [15, 20]), (3, 1, [4])):
+        assert mtgan.scored([source] * sources + [support] * steps) == expected
 
 
 def test_memory_folds_into_weights_where_those_are_cheaper(small):
     leaves, batches, _ = small
     theta, _ = mtgan.players(leaves)
     shapes = [layer.weight.shape for layer in theta]
-    adapted, _ = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:1], torch.Generator().manual_seed(5))
-    folded, _ = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches * 4, torch.Generator().manual_seed(5))
+    _, (adapted, _) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:1], torch.Generator().manual_seed(5))
+    *_, (folded, _) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches * 4, torch.Generator().manual_seed(5))
     assert [layer.inputs is None for layer in adapted] == [4 * (n + k) > n * k for n, k in shapes]
     assert all(layer.inputs is None or layer.inputs.shape[1] * sum(shape) <= math.prod(shape) for layer, shape in zip(folded, shapes))
     assert any(layer.inputs is None for layer in folded) and any(layer.inputs is not None for layer in adapted)
@@ -247,7 +275,7 @@ def test_written_out_backpropagation_is_autograds(small):
     """Gradients of the pre-activations and of the input, with and without memory, against autograd's."""
     leaves, batches, query = small
     for steps in (0, 2):
-        _, phi = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:steps], torch.Generator().manual_seed(5))
+        *_, (_, phi) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:steps], torch.Generator().manual_seed(5))
         x, seen = query.clone().requires_grad_(), []
         logits = mtgan.discriminator(phi, x, seen)
         g = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -606,28 +634,26 @@ def test_adaptation_goes_on_with_adam(narrow):
     domains, rng = numbered_domains(), torch.Generator()
     leaves = mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)["leaves"]
     support = mtgan.sample_images(domains, torch.tensor([4, 5]), 5, rng.manual_seed(1))
-    results = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1, 3, 5, 8], 3))
+    results = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1, 3, 5, 8], 3))
     assert list(results) == [0, 1, 3, 5, 8] and all(samples.shape == (2, 3, 784) for samples in results.values())
     rng.manual_seed(2)
-    theta, phi = mtgan.players([t.detach() for t in leaves])
-    for steps, samples in results.items():
-        if steps <= 3:
-            before = max((s for s in results if s < steps), default=0)
-            theta, phi = mtgan.adapt(theta, phi, leaves[-1].detach().exp(), [support] * (steps - before), rng, second_order=False)
-            assert torch.equal(samples, mtgan.generator(theta, mtgan.noise(2, 3, rng)))
+    players = mtgan.players([t.detach() for t in leaves])
+    for steps, (theta, phi) in enumerate(mtgan.adapt(*players, leaves[-1].detach().exp(), [support] * 3, rng, second_order=False)):
+        if steps in results:
+            assert torch.equal(results[steps], mtgan.generator(theta, mtgan.noise(2, 3, rng)))
     phase = {**mtgan.new_phase(mtgan.tensors(*([mtgan.fold(layer) for layer in layers] for layers in (theta, phi))), 0), "rng": rng}
     for adam in phase["optimizers"]:
-        adam.param_groups[0]["lr"] = mtgan.GO_ON_RATE
+        adam.param_groups[0]["lr"] = 2e-4
     for steps, more in ((5, 2), (8, 3)):
         for _ in range(more):
             mtgan.gan_step(phase, support, mtgan.FAKES)
         assert torch.equal(results[steps], mtgan.generator(mtgan.players(phase["leaves"])[0], mtgan.noise(2, 3, rng)))
-    late = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [8], 3))         # nothing between is asked for
+    late = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [8], 3))         # nothing between is asked for
     assert list(late) == [8] and late[8].shape == (2, 3, 784) and not torch.equal(late[8], results[3])
-    early = dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1], 3))     # fewer than were learned
+    early = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1], 3))     # fewer than were learned
     assert list(early) == [0, 1] and torch.equal(early[1], results[1])
     state = rng.get_state()
-    dict(mtgan.few_shot(leaves, [], support, 3, rng.manual_seed(2), [0, 1], 1))
+    dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1], 1))
     assert torch.equal(state, rng.get_state())              # nor did it take steps that nobody asked for
 
 
