@@ -799,7 +799,7 @@ def test_dry_run_writes_everything(finished):
         assert sorted(r["steps"] for r in rows) == [0, 0, 1, 1, 2, 2, 5, 5]
     assert set(report["results"][0]) == {"method", "seed", "source", "target", "steps", "frechet", "nearest", "recognised"}
     assert all(math.isfinite(r["frechet"]) and 0 <= r["recognised"] <= 1 for r in report["results"])
-    assert set(report["learning_rates"]) == {"from scratch", "transfer"}
+    assert set(report["learning_rates"]) == {"MT-GAN", "from scratch", "transfer"}
     lines = (finished / "log.csv").read_text().splitlines()
     assert lines[0].startswith("step,loss,rate_G0") and lines[1].startswith("3,") and lines[1].endswith("digits and garments")
     for name in ("adaptation.png", "samples.png"):
