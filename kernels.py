@@ -291,11 +291,12 @@ class Bmm(torch.autograd.Function):
         a, b = ctx.saved_tensors
         transposed = lambda v: v.stride(-1) != 1
         needs_a, needs_b = ctx.needs_input_grad
+        multiply = bmm if torch.is_grad_enabled() else torch.bmm     # a last derivative needs no bookkeeping
         da = db = None
         if needs_a:
-            da = bmm(b, g.mT).mT if transposed(a) else bmm(g, b.mT)
+            da = multiply(b, g.mT).mT if transposed(a) else multiply(g, b.mT)
         if needs_b:
-            db = bmm(g.mT, a).mT if transposed(b) else bmm(a.mT, g)
+            db = multiply(g.mT, a).mT if transposed(b) else multiply(a.mT, g)
         return da, db
 
 
