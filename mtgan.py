@@ -760,8 +760,8 @@ def new_classifier(classes):
 def train_classifier(domains, classes, steps, seed, augment=False):
     """A classifier that tells these classes apart; returns it with its accuracy on a tenth of the images, kept from its training.
 
-    Two are needed. The judge of generated images knows all classes, held-out ones as well; it measures, and chooses the
-    baselines' learning rates, and no GAN is trained on it. The features of the outer loss know the meta-training classes
+    Two are needed. The judge of generated images knows all classes, held-out ones as well; it measures, and chooses Adam's
+    learning rates, and no GAN is trained on it. The features of the outer loss know the meta-training classes
     alone, from images each warped in its own way.
     """
     torch.manual_seed(seed)
@@ -823,19 +823,22 @@ def held_out_pairs(domains, seed):
 
 def draw_test(domains, pairs, settings, rng, augment=False):
     """Source batches and support of T tasks, and two equally large sets of other target images, fresh and reference."""
-    n = min(500, (min(int(domains.count[c]) for c in sum(domains.roles["train" if augment else "test"], [])) - settings.shots) // 2)
+    n = min(500, (min(int(domains.count[c]) for c in domains.roles["train" if augment else "test"][1]) - settings.shots) // 2)
     sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
     return sources, support, rest[:, :n], rest[:, n:]
 
 def choose_rates(method, domains, settings, classifier):
     """Adam's best learning rate for every number of steps, on made-up domains of the *meta-training* classes.
 
-    method: `few_shot` or `fine_tune` with all arguments but lr to test_steps.
+    method: `few_shot` or `fine_tune`, as a function of (lr, sources, support, n, rng, test_steps). All rates get the same random
+    numbers, and the smallest is taken where they do equally well, as after steps that do not use it.
     """
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
     test = draw_test(domains, pairs, settings, rng, augment=True)
+    state = rng.get_state()
     for lr in settings.gan_rates:
+        rng.set_state(state)
         for steps, samples in method(lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
