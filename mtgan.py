@@ -250,17 +250,19 @@ def sample_pairs(domains, n, rng):
     return domains.pairs[torch.randint(len(domains.pairs), (n,), generator=rng, device=rng.device)]
 
 def affine(angle, size_x, size_y, slant, x, y):
-    """Matrices that turn, resize (by the exponential), slant and move images, as F.affine_grid has them  # [..., 3, 3]"""
+    """Matrices that turn, shrink (by the exponential), slant and move images: to a place in the result belongs one in the
+    image, as F.affine_grid has it. On an image on its side the slant is a stretch  # [..., 3, 3]"""
     cos, sin, size_x, size_y, zero = angle.cos(), angle.sin(), size_x.exp(), size_y.exp(), 0 * angle
     rows = [cos * size_x, (slant - sin) * size_y, x, sin * size_x, cos * size_y, y, zero, zero, zero + 1]
     return torch.stack(rows, -1).unflatten(-1, (3, 3))
 
 def new_domain(images, other, rng):
-    """Make a new domain of an old one: one random change for all images of a task, and small ones for each  # [T, n, 784] -> the same
+    """Make a new domain of an old one: one random change for all images of a task, and in some a small one for each.
 
-    Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
-    learned by heart, where many variations of them teach to adapt. In six of ten domains images also differ more from each
-    other than they did, each having a turn, slant, size and place of its own: new classes may be more diverse than known ones.
+    A few classes are learned by heart, where many variations of them teach to adapt. Quarter turns, mirroring, and up to 20
+    degrees, slant, size and place, for three of four tasks; a gamma and images of an `other` class mixed in, for three of ten
+    each. In six of ten, images also differ more from each other than they did, each having a turn, slant, size and place of its
+    own, for new classes may be more diverse than the known ones. images, other: [T, n, 784] in [-1, 1], as is what is returned.
     """
     tasks, n, _ = images.shape
     mix, mirror, move, bend, contrast, quarter, vary, strength = torch.rand(8, tasks, 1, generator=rng, device=rng.device)
@@ -272,7 +274,7 @@ def new_domain(images, other, rng):
     flip = torch.cat([torch.where(per_task(mirror) < 0.5, -1.0, 1.0), torch.ones(tasks, 1, 1, 2, device=rng.device)], -1)
     task = torch.where(per_task(move) < 0.75, task * flip, torch.eye(3, device=rng.device))    # [T, 1, 3, 3]
     own = 0.3 * strength * (vary < 0.6) * torch.randn(6, tasks, n, generator=rng, device=rng.device)
-    matrix = affine(*own[:4], *own[4:] / 2) @ task                          # [T, n, 3, 3]
+    matrix = affine(*own[:4], *own[4:] / 2) @ task          # an image's own change first, then the task's  # [T, n, 3, 3]
     grid = F.affine_grid(matrix.flatten(0, 1)[:, :2], (tasks * n, 1, 28, 28), align_corners=False)
     images = F.grid_sample(images.view(-1, 1, 28, 28), grid, align_corners=False).view(tasks, n, PIXELS).clamp(0, 1)
     gamma = torch.where(bend < 0.3, torch.exp(1.5 * contrast - 0.75), 1)
@@ -311,16 +313,16 @@ def linear(layer, x, slope=1.0):
     recalled = None if layer.inputs is None else bmm(bmm(x, layer.inputs.mT) + 1, layer.deltas)
     return fused_linear(x, layer.weight, layer.bias, slope, addend=recalled, backend=KERNEL)
 
-def network(layers, x, slope, seen=None, first=None, dropout=0.0, rng=None):
+def network(layers, x, slope, seen=None, first_out=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
 
-    The list `seen` gets every layer's input; `first` is what the first layer makes of x, where that is known already.
+    The list `seen` gets every layer's input; `first_out` is what the first layer makes of x, where that is known already.
     """
     for i, layer in enumerate(layers):
         if seen is not None:
             seen.append(x)
         last = i == len(layers) - 1
-        x = F.leaky_relu(first, slope) if i == 0 and first is not None else linear(layer, x, 1.0 if last else slope)
+        x = F.leaky_relu(first_out, slope) if i == 0 and first_out is not None else linear(layer, x, 1.0 if last else slope)
         if dropout and not last:
             x = x * (torch.rand(x.shape, generator=rng, device=x.device) >= dropout) / (1 - dropout)
     return x
@@ -344,24 +346,24 @@ def generator(theta, z, seen=None):
     """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
     return network(theta, z, 0.0, seen).tanh()          # slope 0 is ReLU
 
-def discriminator(phi, x, seen=None, first=None, dropout=0.0, rng=None):
+def discriminator(phi, x, seen=None, first_out=None, dropout=0.0, rng=None):
     """Images [T, B, 784] -> logits, positive where D thinks them real  # [T, B]"""
-    return network(phi, x, 0.2, seen, first, dropout, rng).squeeze(-1)
+    return network(phi, x, 0.2, seen, first_out, dropout, rng).squeeze(-1)
 
-def remember(layers, rates, seen, gradients, again=0):
+def remember(layers, rates, seen, gradients, known=0):
     """The layers after a gradient step: memory grows by the step's rows, until plain weights are cheaper.
 
     The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation: to remember x and
     -a g is to take the step. For a row of x, r remembered rows cost r (N + K) multiplications on top of the product that
-    all tasks share, a weight of the task's own costs N K. A new batch's rows come first. `again`: so many rows the first
-    layer has seen in the last step as well; they are there, and only their deltas add up.
+    all tasks share, a weight of the task's own costs N K. A new batch's rows go to the front. `known`: so many first rows the
+    first layer has seen in the last step as well; they are at the front of its memory, and only their deltas add up.
     """
     adapted = []
     for i, (layer, rate, x, g) in enumerate(zip(layers, rates, seen, gradients)):
         delta = -rate * g
-        if layer.inputs is not None and again and i == 0:
-            there, others = layer.deltas.split([again, layer.deltas.shape[1] - again], 1)
-            x, delta = torch.cat([layer.inputs, x[:, again:]], 1), torch.cat([there + delta[:, :again], others, delta[:, again:]], 1)
+        if layer.inputs is not None and known and i == 0:
+            there, others = layer.deltas.split([known, layer.deltas.shape[1] - known], 1)
+            x, delta = torch.cat([layer.inputs, x[:, known:]], 1), torch.cat([there + delta[:, :known], others, delta[:, known:]], 1)
         elif layer.inputs is not None:
             x, delta = torch.cat([x, layer.inputs], 1), torch.cat([delta, layer.deltas], 1)
         layer = Layer(layer.weight, layer.bias, x, delta)
@@ -426,21 +428,26 @@ def energy_distance(x, y):
     within = lambda block: block.sum((1, 2)) / (block.shape[1] * (block.shape[1] - 1))
     return 2 * distance[:, :n, n:].mean((1, 2)) - within(distance[:, :n, :n]) - within(distance[:, n:, n:])
 
-# 4  Inner loop: the one place where an initialisation is adapted -------------------------------------------------------
+# 4  Inner loop: an initialisation is adapted by learned rates ----------------------------------------------------------
+
+# The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
+# loss with respect to phi_k, autograd would follow that path, too. To detach the fakes would cut it for the outer gradient as
+# well, which needs it. So the inner gradient is written out, as plain operations on values: it has no such path, and
+# autograd, which differentiates these operations for the outer gradient, still sees every one.
 
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
 
-    theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784].
-    second_order: keep the graph, so that a loss of the result can be differentiated through all steps; without it the
-    steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each player's steps see the other as a
-    constant, so that no player lowers its loss by an initialisation that makes the *other* learn badly. Yields theta and phi
-    as they are, and after every step.
+    theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784], remembered
+    once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
+    through all steps; without it the steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each
+    player's steps see the other as a constant, so that no player lowers its loss by an initialisation that makes the *other*
+    learn badly. Yields theta and phi as they are, and after every step.
     """
     yield theta, phi
     real = None
     for batch in batches:
-        again, real, shots = batch is real, batch, batch.shape[1]
+        known, real, shots = batch is real, batch, batch.shape[1]
         with torch.set_grad_enabled(second_order):
             seen = []
             fake = generator(theta, noise(len(real), FAKES, rng), seen)
@@ -448,37 +455,34 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
             images = torch.cat([real, shown], 1)                            # [T, shots + FAKES, 784]
             # D's first layer is its largest, and sees the support at every step, the fakes twice in a step. What it makes
             # of an image is computed once; from then on, a step only adds its own (x Xᵀ + 1) Δ to that, equation (4).
-            first = torch.cat([first[:, :shots] if again else linear(phi[0], real), linear(phi[0], shown)], 1)
-            seen_by_d, gradients = discriminator_gradients(phi, images, first, shots)
-            first = first + bmm(bmm(images, images.mT) + 1, -rates[1][0] * gradients[0])
-        phi = remember(phi, rates[1], seen_by_d, gradients, shots * again)      # outside: first order differentiates by
-        with torch.set_grad_enabled(second_order):                              # weights and rates, too
-            judge, known = (detach(phi), None) if own_paths else (phi, first[:, shots:])
-            gradients = generator_gradients(theta, judge, fake, known, seen)
+            first_out = torch.cat([first_out[:, :shots] if known else linear(phi[0], real), linear(phi[0], shown)], 1)
+            seen_by_d, gradients = discriminator_gradients(phi, images, first_out, shots)
+            first_out = first_out + bmm(bmm(images, images.mT) + 1, -rates[1][0] * gradients[0])
+        # To remember is outside: in first order g is a constant, but theta - a g still has derivatives by theta and by a.
+        phi = remember(phi, rates[1], seen_by_d, gradients, known=shots if known else 0)
+        with torch.set_grad_enabled(second_order):
+            # With own_paths, D's first layer is computed anew: first_out depends on phi, where it should on theta alone.
+            judge, out = (detach(phi), None) if own_paths else (phi, first_out[:, shots:])
+            gradients = generator_gradients(theta, judge, fake, out, seen)
         theta = remember(theta, rates[0], seen, gradients)
         yield theta, phi
 
-# The gradients of a step are *partial*. A fake batch depends on theta_k, and theta_k on phi_k: asked for the gradient of D's
-# loss with respect to phi_k, autograd would follow that path, too. To detach the fakes would cut it for the outer gradient as
-# well, which needs it. So the inner gradient is written out, as plain operations on values: it has no such path, and
-# autograd, which differentiates these operations for the outer gradient, still sees every one.
-
-def discriminator_gradients(phi, images, first, shots):
+def discriminator_gradients(phi, images, first_out, shots):
     """What D's layers see of an inner step, and the gradients of loss_d with respect to their pre-activations.
 
-    images: `shots` real ones and the fakes; first: the first layer's pre-activations of them.
+    images: `shots` real ones and the fakes; first_out: the first layer's pre-activations of them.
     """
     seen = []
-    logits = discriminator(phi, images, seen, first)
+    logits = discriminator(phi, images, seen, first_out)
     # softplus' = sigmoid
     g = torch.cat([-(-logits[:, :shots]).sigmoid() / shots, logits[:, shots:].sigmoid() / FAKES], 1)
     return seen, backpropagate(phi, seen, g.unsqueeze(-1), 0.2)
 
-def generator_gradients(theta, phi, fake, first, seen):
+def generator_gradients(theta, phi, fake, first_out, seen):
     """Those of loss_g with respect to G's pre-activations, back through D, tanh and G: `fake` is what theta made, `seen` what
-    its layers have seen on the way, `first` what D's first layer makes of it, if known."""
+    its layers have seen on the way, `first_out` what D's first layer makes of it, if known."""
     seen_by_d = []
-    g = -(-discriminator(phi, fake, seen_by_d, first)).sigmoid() / FAKES
+    g = -(-discriminator(phi, fake, seen_by_d, first_out)).sigmoid() / FAKES
     g = input_gradient(phi[0], backpropagate(phi, seen_by_d, g.unsqueeze(-1), 0.2)[0])
     return backpropagate(theta, seen, g * (1 - fake.square()), 0.0)         # tanh' = 1 - tanh²
 
@@ -501,7 +505,7 @@ def outer_loss(theta, phi, query, views, rng):
 def scored(batches):
     """After how many steps an episode is scored: at its end, and after half of the steps on the support.
 
-    The support is the last batch, and those that are it. Scored early, few steps are worth something already (a loss at more
+    The support is the last batch, and every batch that is the same tensor. Scored early, few steps are worth something already (a loss at more
     than the last step: Antoniou et al. 2019, arXiv 1810.09502).
     """
     return sorted({len(batches) - sum(batch is batches[-1] for batch in batches) // 2, len(batches)})
@@ -513,8 +517,8 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     maml     differentiates through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
              them, then gets no gradient, nor do D's rates
-    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place (Nichol et al. 2018,
-             arXiv 1803.02999); the loss is only shown, the rates stay
+    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and Adam
+             (Nichol et al. 2018, arXiv 1803.02999); the loss is only shown, the rates stay
     """
     rates, losses = leaves[-1].exp(), []
     for steps, (theta, phi) in enumerate(adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=not views)):
@@ -712,7 +716,7 @@ def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
     with Adam at the learning rate lr.
     """
     leaves = [t.detach() for t in leaves]
-    batches = [*sources, *[support] * min(inner_steps, test_steps[-1])]
+    batches = [*sources, *[support] * min(inner_steps, test_steps[-1])]         # steps on the sources count from below 0
     for steps, (theta, phi) in enumerate(adapt(*players(leaves), leaves[-1].exp(), batches, rng, second_order=False), -len(sources)):
         if steps in test_steps:
             yield steps, generator(theta, noise(len(support), n, rng))
@@ -1086,7 +1090,7 @@ def explicit_step(layers, rates, loss):
     return [Layer(layer.weight - rate * w, layer.bias - rate * b) for layer, rate, w, b in zip(layers, rates, gradients[::2], gradients[1::2])]
 
 def explicit_gradient(leaves, batches, query, algorithm, views, rng):
-    """What `meta_gradient` replaces, for 'maml' and some views: the plain loop over tasks, with the same result."""
+    """What `meta_gradient` replaces, for 'maml' and at least one view: the plain loop over tasks, with the same result."""
     tasks = len(query)
     draws = [noise(tasks, n, rng) for step in range(1, len(batches) + 1) for n in [FAKES] + [query.shape[1]] * (step in scored(batches))]
     loss, gradients = 0, [torch.zeros_like(leaf) for leaf in leaves]
