@@ -662,6 +662,22 @@ def test_adaptation_goes_on_with_adam(narrow):
     assert torch.equal(state, rng.get_state())              # nor did it take steps that nobody asked for
 
 
+def test_rates_are_compared_with_the_same_random_numbers(narrow):
+    """The better of two rates at every number of steps; where a rate does nothing, the smallest one."""
+    domains = numbered_domains()
+    settings = types.SimpleNamespace(seed=0, tune_tasks=2, test_steps=[0, 1, 3], gan_rates=[1e-3, 1e-1], shots=5, source_steps=0)
+    classifier, draws = mtgan.new_classifier(len(domains.names)), []
+
+    def method(lr, sources, support, n, rng, test_steps):
+        draws.append(torch.rand(4, generator=rng))
+        for steps in test_steps:        # the small rate comes near the support at once, and leaves it again
+            far = 0.0 if steps == 0 else abs(steps - (1 if lr < 1e-2 else 3))
+            yield steps, support[:, :1].expand(-1, n, -1) + far * torch.rand(len(support), n, 784, generator=rng)
+
+    assert mtgan.choose_rates(method, domains, settings, classifier) == {0: 1e-3, 1: 1e-3, 3: 1e-1}
+    assert torch.equal(*draws)
+
+
 def test_a_class_held_out_in_one_spec_is_held_out_in_all():
     domains = mtgan.load_domains(["digits"], ["digits:0-6"], 5, "", torch.device("cpu"))
     train, test = (set(sum(domains.roles[role], [])) for role in ("train", "test"))
