@@ -249,36 +249,26 @@ def sample_pairs(domains, n, rng):
     """n random pairs of a source class and another class, the target, for meta-training  # int64 [n, 2]"""
     return domains.pairs[torch.randint(len(domains.pairs), (n,), generator=rng, device=rng.device)]
 
-def affine(angle, size_x, size_y, slant, x, y):
-    """Matrices that turn, shrink (by the exponential), slant and move images: to a place in the result belongs one in the
-    image, as F.affine_grid has it. On an image on its side the slant is a stretch  # [..., 3, 3]"""
-    cos, sin, size_x, size_y, zero = angle.cos(), angle.sin(), size_x.exp(), size_y.exp(), 0 * angle
-    rows = [cos * size_x, (slant - sin) * size_y, x, sin * size_x, cos * size_y, y, zero, zero, zero + 1]
-    return torch.stack(rows, -1).unflatten(-1, (3, 3))
-
 def new_domain(images, other, rng):
-    """Make a new domain of an old one: one random change for all images of a task, and in some a small one for each.
+    """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
 
-    A few classes are learned by heart, where many variations of them teach to adapt. Quarter turns, mirroring, and up to 20
-    degrees, slant, size and place, for three of four tasks; a gamma and images of an `other` class mixed in, for three of ten
-    each. In six of ten, images also differ more from each other than they did, each having a turn, slant, size and place of its
-    own, for new classes may be more diverse than the known ones. images, other: [T, n, 784] in [-1, 1], as is what is returned.
+    Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
+    learned by heart, where many variations of them teach to adapt.
     """
     tasks, n, _ = images.shape
-    mix, mirror, move, bend, contrast, quarter, vary, strength = torch.rand(8, tasks, 1, generator=rng, device=rng.device)
-    swapped = torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5 * (mix < 0.3).unsqueeze(2)
-    images = (torch.where(swapped, other, images) + 1) / 2
-    turn, size_x, size_y, slant, x, y = torch.rand(6, tasks, 1, generator=rng, device=rng.device) - 0.5
-    task = affine((4 * quarter).floor() * math.pi / 2 + 0.7 * turn, 0.5 * size_x, 0.5 * size_y, 0.6 * slant, 0.3 * x, 0.3 * y)
+    mix, mirror, move, bend, quarter, turn, size_x, size_y, slant, x, y, contrast = torch.rand(12, tasks, generator=rng, device=rng.device)
     per_task = lambda t: t.view(-1, 1, 1, 1)
-    flip = torch.cat([torch.where(per_task(mirror) < 0.5, -1.0, 1.0), torch.ones(tasks, 1, 1, 2, device=rng.device)], -1)
-    task = torch.where(per_task(move) < 0.75, task * flip, torch.eye(3, device=rng.device))    # [T, 1, 3, 3]
-    own = 0.3 * strength * (vary < 0.6) * torch.randn(6, tasks, n, generator=rng, device=rng.device)
-    matrix = affine(*own[:4], *own[4:] / 2) @ task          # an image's own change first, then the task's  # [T, n, 3, 3]
-    grid = F.affine_grid(matrix.flatten(0, 1)[:, :2], (tasks * n, 1, 28, 28), align_corners=False)
-    images = F.grid_sample(images.view(-1, 1, 28, 28), grid, align_corners=False).view(tasks, n, PIXELS).clamp(0, 1)
+    swapped = torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5 * (mix < 0.3).view(-1, 1, 1)
+    images = (torch.where(swapped, other, images).view(tasks, n, 28, 28) + 1) / 2
+    angle = (4 * quarter).floor() * math.pi / 2 + 0.7 * (turn - 0.5)
+    cos, sin, size_x, size_y = angle.cos(), angle.sin(), (size_x / 2 - 0.25).exp(), (size_y / 2 - 0.25).exp()
+    matrix = [cos * size_x, (0.6 * slant - 0.3 - sin) * size_y, 0.3 * x - 0.15, sin * size_x, cos * size_y, 0.3 * y - 0.15]
+    grid = F.affine_grid(torch.stack(matrix, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    warped = F.grid_sample(images, grid, align_corners=False)               # the n images of a task are channels of one
+    warped = torch.where(per_task(mirror < 0.5), warped.flip(-1), warped)
+    images = torch.where(per_task(move < 0.75), warped, images).clamp(0, 1)
     gamma = torch.where(bend < 0.3, torch.exp(1.5 * contrast - 0.75), 1)
-    return images.pow(gamma.unsqueeze(2)) * 2 - 1
+    return images.pow(per_task(gamma)).view(tasks, n, PIXELS) * 2 - 1
 
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     """The images of T tasks, given as (source class, target class) pairs [T, 2].
@@ -1225,7 +1215,7 @@ def parse_arguments(argv):
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=1200, help="episodes of meta-training (default: 1200)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=700, help="episodes of meta-training (default: 700)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=4e-4, help="outer learning rate (default: 4e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")

@@ -589,19 +589,14 @@ def test_images_are_drawn_evenly():
     assert len(frequency) == 40 and frequency.min() > 130 and frequency.max() < 270
 
 
-def test_a_new_domain_is_one_change_for_all_its_images_and_in_some_a_small_one_for_each():
+def test_a_new_domain_is_one_change_for_all_its_images():
     rng = torch.Generator().manual_seed(0)
     image = torch.from_numpy(mtgan.draw_built_in("digits", 1)["4"]) / 127.5 - 1
-    same = image.expand(200, 5, 784)
+    same = image.expand(60, 5, 784)
     made = mtgan.new_domain(same, same, rng)
     assert made.shape == same.shape and made.min() >= -1 and made.max() <= 1
-    varied = (made - made[:, :1]).abs().amax((1, 2)) > 1e-3                 # else its images are alike
-    assert 0.45 < varied.double().mean() < 0.75
-    assert len({tuple(task[0].mul(50).round().tolist()) for task in made[~varied]}) > 0.6 * (~varied).sum()    # unlike between tasks
-    between, within = ((a - b).abs().mean() for a, b in ((made[1:, 0], made[:-1, 0]), (made[varied, 0], made[varied, 1])))
-    assert within < 0.8 * between                                           # an image's own change is the smaller one
-    kept = [task for task in made[~varied, 0] if (task - image).abs().max() < 1e-4]
-    assert 0.05 < len(kept) / (~varied).sum() < 0.4                         # a quarter is not moved, and of these 7 of 10 not bent
+    assert (made - made[:, :1]).abs().max() < 1e-5                          # alike within a task
+    assert len({tuple(task[0].mul(50).round().tolist()) for task in made}) > 40     # unlike between tasks
     mixed = mtgan.new_domain(torch.full((300, 10, 784), -1.0), torch.ones(300, 10, 784), rng)
     share = (mixed.amax(-1) > 0).double().mean(1)
     assert 0.15 < (share > 0).double().mean() < 0.45 and ((share > 0) & (share < 1)).any()
