@@ -45,6 +45,8 @@ DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 HELD_OUT = 3                # classes of every dataset that meta-training never sees
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
+DRAWN = 0.5                 # share of the made-up domains that are drawn, not made of old ones
+SHAPES = 5                  # at most so many shapes make up a drawn domain
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to those between pixels and edges
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
@@ -270,6 +272,47 @@ def new_domain(images, other, rng):
     gamma = torch.where(bend < 0.3, torch.exp(1.5 * contrast - 0.75), 1)
     return images.pow(per_task(gamma)).view(tasks, n, PIXELS) * 2 - 1
 
+def drawn_domain(tasks, n, rng):
+    """Images of something without a name: one design for all of a task's, carried out a little differently in each  # [T, n, 784]
+
+    A design is up to SHAPES soft-edged superellipses, from diamonds to boxes, painted one over the other; in half of the tasks
+    mirrored. A GAN need only recognise what it was trained on; there is always another design, to be learned from its images.
+    """
+    rand = lambda *shape: torch.rand(tasks, *shape, generator=rng, device=rng.device)
+    randn = lambda *shape: torch.randn(tasks, *shape, generator=rng, device=rng.device)
+    first = torch.arange(SHAPES, device=rng.device).view(SHAPES, 1, 1) == 0
+    spread, shade = 0.02 + 0.15 * rand(1, 1, 1, 1).square(), rand(1, 1, 1, 1) / 4       # how much a task's images differ in form and in light
+
+    def draw(low, high, deviation, of_first=1.0):
+        """A number for every shape: the design's, times of_first for the first shape, and an image's deviation from it."""
+        design = low + (high - low) * rand(1, SHAPES, 1, 1)
+        return torch.where(first, of_first * design, design) + deviation * randn(n, SHAPES, 1, 1)
+
+    x, y = draw(-0.6, 0.6, spread, 0.3), draw(-0.7, 0.7, spread, 0.3)                   # the first shape is large and in the middle
+    width, height = (draw(-2.5, -0.1, 1.5 * spread, 0.35).exp() for _ in range(2))
+    angle, power = draw(-1.1, 1.1, spread) ** 3, draw(1.2, 6.0, 0.0)
+    light = draw(-0.3, 1.0, shade).clamp(0, 1)                                          # what is dark makes a hole
+    there = first | (rand(n, SHAPES, 1, 1) < 4 * rand(1, SHAPES, 1, 1) - 1)             # in all, some or none of a task's images
+    line = torch.linspace(-1, 1, 28, device=rng.device)
+    down, across = line.view(28, 1), torch.where(rand(1, 1, 1, 1) < 0.5, line.abs(), line)
+    right, below = across - x, down - y                                                 # [T, n, SHAPES, 28, 28]
+    u, v = (angle.cos() * right + angle.sin() * below) / width, (angle.cos() * below - angle.sin() * right) / height
+    radius = ((u.abs() + 1e-4) ** power + (v.abs() + 1e-4) ** power) ** (1 / power)     # 1 on the outline
+    cover = there * ((1 - radius) * torch.minimum(width, height) / 0.03).sigmoid()
+    canvas = torch.zeros(tasks, n, 28, 28, device=rng.device)
+    for shape in range(SHAPES):
+        canvas = canvas + cover[:, :, shape] * (light[:, :, shape].clamp(min=0.0 if shape else 0.3) - canvas)
+    way, striped, phase = 2 * math.pi * rand(1, 1, 1), rand(1, 1, 1) < 0.5, 2 * math.pi * rand(n, 1, 1)
+    stripes = striped * rand(n, 1, 1) * ((3 + 17 * rand(n, 1, 1)) * (way.cos() * line + way.sin() * down) + phase).cos()
+    cloud = F.interpolate(randn(n, 7, 7), size=(28, 28), mode="bilinear") / 2           # the n images of a task are channels of one
+    relief = 1 + shade[:, 0] * (randn(n, 1, 1) * line + randn(n, 1, 1) * down + stripes + cloud)
+    return (canvas * relief.clamp(min=0.15)).clamp(0, 1).view(tasks, n, PIXELS) * 2 - 1
+
+def made_up_domain(images, other, rng):
+    """What meta-training adapts to, for every task of [T, n, 784]: an old domain changed or, DRAWN of them, a drawn one changed."""
+    drawn = torch.rand(len(images), 1, 1, generator=rng, device=rng.device) < DRAWN
+    return new_domain(torch.where(drawn, drawn_domain(*images.shape[:2], rng), images), other, rng)
+
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     """The images of T tasks, given as (source class, target class) pairs [T, 2].
 
@@ -281,7 +324,7 @@ def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     images = sample_images(domains, target, shots + queries, rng)
     if augment:
         other = sample_pairs(domains, len(pairs), rng)[:, 1]
-        images = new_domain(images, sample_images(domains, other, shots + queries, rng), rng)
+        images = made_up_domain(images, sample_images(domains, other, shots + queries, rng), rng)
     return sources, images[:, :shots].contiguous(), images[:, shots:]
 
 # 2  Networks: pure functions of their parameters -----------------------------------------------------------------------
@@ -569,7 +612,7 @@ def pretraining_step(phase, domains, augment):
     tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image of a class drawn for it
     chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
     images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
-    return gan_step(phase, (new_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
+    return gan_step(phase, (made_up_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.

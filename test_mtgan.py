@@ -602,6 +602,40 @@ def test_a_new_domain_is_one_change_for_all_its_images():
     assert 0.15 < (share > 0).double().mean() < 0.45 and ((share > 0) & (share < 1)).any()
 
 
+def test_a_drawn_domain_is_one_design_a_task():
+    rng = torch.Generator().manual_seed(0)
+    images = mtgan.drawn_domain(40, 12, rng)
+    assert images.shape == (40, 12, 784) and images.isfinite().all() and images.min() >= -1 and images.max() <= 1
+    assert torch.equal(images, mtgan.drawn_domain(40, 12, rng.manual_seed(0)))
+    assert (images.amax(-1) > -0.6).double().mean() > 0.95                  # hardly an image is empty
+    distance = torch.cdist(images.flatten(0, 1), images.flatten(0, 1)).view(40, 12, 40, 12)
+    same = distance.diagonal(dim1=0, dim2=2)                                # [12, 12, 40]
+    assert (same[~torch.eye(12, dtype=torch.bool)] > 1e-3).all()            # a task's images differ,
+    assert same.mean((0, 1)).lt(distance.mean((1, 2, 3))).double().mean() > 0.9      # but less than those of two tasks
+    square = images.view(40, 12, 28, 28)
+    symmetric = (square - square.flip(-1)).abs().mean((1, 2, 3)) < 0.12     # but for light and shade
+    assert 8 < symmetric.sum() < 32
+
+
+def test_a_share_of_the_made_up_domains_is_drawn(monkeypatch):
+    drawn = lambda tasks, n, rng: torch.full((tasks, n, 784), 0.5)
+    monkeypatch.setattr(mtgan, "drawn_domain", drawn)
+    monkeypatch.setattr(mtgan, "new_domain", lambda images, other, rng: images + other)
+    made = mtgan.made_up_domain(torch.zeros(2000, 2, 784), torch.ones(2000, 2, 784), torch.Generator().manual_seed(0))
+    assert set(made.unique().tolist()) == {1.0, 1.5} and (made.amin((1, 2)) == made.amax((1, 2))).all()
+    assert abs((made[:, 0, 0] == 1.5).double().mean() - mtgan.DRAWN) < 0.05
+
+
+def test_made_up_domains_are_for_meta_training_and_the_end_of_the_warm_start(monkeypatch):
+    domains, asked, phase = numbered_domains(), [], {"rng": torch.Generator().manual_seed(0)}
+    monkeypatch.setattr(mtgan, "made_up_domain", lambda images, other, rng: asked.append(images.shape) or images)
+    monkeypatch.setattr(mtgan, "gan_step", lambda phase, real, fakes: None)
+    for augment, shapes in ((False, []), (True, [(4, 16, 784), (2, 13, 784)])):
+        mtgan.pretraining_step(phase, domains, augment)
+        mtgan.sample_episode(domains, domains.pairs[:2], 5, 8, 0, phase["rng"], augment)
+        assert asked == shapes
+
+
 def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
     drawn = set()
     sample, test = mtgan.sample_images, mtgan.meta_test
