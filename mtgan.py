@@ -45,7 +45,7 @@ DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 HELD_OUT = 3                # classes of every dataset that meta-training never sees
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
-DRAWN = 0.5                 # share of the made-up domains that are drawn, not made of old ones
+DRAWN = 0.7                 # share of the made-up domains that are drawn, not made of old ones
 SHAPES = 5                  # at most so many shapes make up a drawn domain
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to those between pixels and edges
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
@@ -263,8 +263,9 @@ def new_domain(images, other, rng):
     swapped = torch.rand(tasks, n, 1, generator=rng, device=rng.device) < 0.5 * (mix < 0.3).view(-1, 1, 1)
     images = (torch.where(swapped, other, images).view(tasks, n, 28, 28) + 1) / 2
     angle = (4 * quarter).floor() * math.pi / 2 + 0.7 * (turn - 0.5)
-    cos, sin, size_x, size_y = angle.cos(), angle.sin(), (size_x / 2 - 0.25).exp(), (size_y / 2 - 0.25).exp()
-    matrix = [cos * size_x, (0.6 * slant - 0.3 - sin) * size_y, 0.3 * x - 0.15, sin * size_x, cos * size_y, 0.3 * y - 0.15]
+    cos, sin, size_x, size_y, slant = angle.cos(), angle.sin(), (size_x / 2 - 0.25).exp(), (size_y / 2 - 0.25).exp(), 0.6 * slant - 0.3
+    # what is slanted and stretched is then turned: [[cos, -sin], [sin, cos]] [[size_x, slant], [0, size_y]]
+    matrix = [cos * size_x, cos * slant - sin * size_y, 0.3 * x - 0.15, sin * size_x, sin * slant + cos * size_y, 0.3 * y - 0.15]
     grid = F.affine_grid(torch.stack(matrix, 1).view(-1, 2, 3), images.shape, align_corners=False)
     warped = F.grid_sample(images, grid, align_corners=False)               # the n images of a task are channels of one
     warped = torch.where(per_task(mirror < 0.5), warped.flip(-1), warped)
@@ -610,9 +611,9 @@ def pretraining_step(phase, domains, augment):
     rng = phase["rng"]
     classes = domains.pairs.unique()
     tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image of a class drawn for it
-    chosen = classes[torch.randint(len(classes), (2, tasks), generator=rng, device=rng.device)]
-    images, other = (sample_images(domains, c, GAN_BATCH // tasks, rng) for c in chosen)
-    return gan_step(phase, (made_up_domain(images, other, rng) if augment else images).view(1, GAN_BATCH, PIXELS), GAN_BATCH)
+    draw = lambda: sample_images(domains, classes[torch.randint(len(classes), (tasks,), generator=rng, device=rng.device)], GAN_BATCH // tasks, rng)
+    images = made_up_domain(draw(), draw(), rng) if augment else draw()
+    return gan_step(phase, images.view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
@@ -1258,7 +1259,7 @@ def parse_arguments(argv):
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=700, help="episodes of meta-training (default: 700)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=4e-4, help="outer learning rate (default: 4e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")
