@@ -45,7 +45,7 @@ DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 HELD_OUT = 3                # classes of every dataset that meta-training never sees
 QUERIES = 64                # target images that score an adapted generator
 FAKES = 25                  # generated images in an inner step
-DRAWN = 0.7                 # share of the made-up domains that are drawn, not made of old ones
+DRAWN = 0.7                 # share of the made-up domains that are drawn, not old ones changed
 SHAPES = 5                  # at most so many shapes make up a drawn domain
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to those between pixels and edges
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
@@ -252,7 +252,7 @@ def sample_pairs(domains, n, rng):
     return domains.pairs[torch.randint(len(domains.pairs), (n,), generator=rng, device=rng.device)]
 
 def new_domain(images, other, rng):
-    """Make a new domain of an old one: one random change for all images of a task  # [T, n, 784] -> the same
+    """Make a new domain of an old one: the same random changes, or none, for all images of a task  # [T, n, 784] -> the same
 
     Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
     learned by heart, where many variations of them teach to adapt.
@@ -264,7 +264,7 @@ def new_domain(images, other, rng):
     images = (torch.where(swapped, other, images).view(tasks, n, 28, 28) + 1) / 2
     angle = (4 * quarter).floor() * math.pi / 2 + 0.7 * (turn - 0.5)
     cos, sin, size_x, size_y, slant = angle.cos(), angle.sin(), (size_x / 2 - 0.25).exp(), (size_y / 2 - 0.25).exp(), 0.6 * slant - 0.3
-    # what is slanted and stretched is then turned: [[cos, -sin], [sin, cos]] [[size_x, slant], [0, size_y]]
+    # from a place in the result to one in the image, which is turned first: [[cos, -sin], [sin, cos]] [[size_x, slant], [0, size_y]]
     matrix = [cos * size_x, cos * slant - sin * size_y, 0.3 * x - 0.15, sin * size_x, sin * slant + cos * size_y, 0.3 * y - 0.15]
     grid = F.affine_grid(torch.stack(matrix, 1).view(-1, 2, 3), images.shape, align_corners=False)
     warped = F.grid_sample(images, grid, align_corners=False)               # the n images of a task are channels of one
@@ -276,33 +276,34 @@ def new_domain(images, other, rng):
 def drawn_domain(tasks, n, rng):
     """Images of something without a name: one design for all of a task's, carried out a little differently in each  # [T, n, 784]
 
-    A design is up to SHAPES soft-edged superellipses, from diamonds to boxes, painted one over the other; in half of the tasks
-    mirrored. A GAN need only recognise what it was trained on; there is always another design, to be learned from its images.
+    A design is up to SHAPES soft-edged superellipses, from diamonds to boxes, painted one over the other; half of the designs are
+    symmetric. Real classes are few, and can be recognised; a design never returns, and has to be learned from the support.
     """
+    # rand(1, …) is one number for a task, rand(n, …) one for each of its images
     rand = lambda *shape: torch.rand(tasks, *shape, generator=rng, device=rng.device)
     randn = lambda *shape: torch.randn(tasks, *shape, generator=rng, device=rng.device)
     first = torch.arange(SHAPES, device=rng.device).view(SHAPES, 1, 1) == 0
     spread, shade = 0.02 + 0.15 * rand(1, 1, 1, 1).square(), rand(1, 1, 1, 1) / 4       # how much a task's images differ in form and in light
 
-    def draw(low, high, deviation, of_first=1.0):
-        """A number for every shape: the design's, times of_first for the first shape, and an image's deviation from it."""
+    def numbers(low, high, deviation, of_first=1.0):
+        """One for every shape: the design's, times of_first for the first shape, and an image's deviation from it."""
         design = low + (high - low) * rand(1, SHAPES, 1, 1)
         return torch.where(first, of_first * design, design) + deviation * randn(n, SHAPES, 1, 1)
 
-    x, y = draw(-0.6, 0.6, spread, 0.3), draw(-0.7, 0.7, spread, 0.3)                   # the first shape is large and in the middle
-    width, height = (draw(-2.5, -0.1, 1.5 * spread, 0.35).exp() for _ in range(2))
-    angle, power = draw(-1.1, 1.1, spread) ** 3, draw(1.2, 6.0, 0.0)
-    light = draw(-0.3, 1.0, shade).clamp(0, 1)                                          # what is dark makes a hole
+    x, y = numbers(-0.6, 0.6, spread, 0.3), numbers(-0.7, 0.7, spread, 0.3)             # the first shape is large and in the middle
+    width, height = (numbers(-2.5, -0.1, 1.5 * spread, 0.35).exp() for _ in range(2))
+    angle, power = numbers(-1.1, 1.1, spread) ** 3, numbers(1.2, 6.0, 0.0)              # cubed: most stand nearly upright
+    light = numbers(-0.3, 1.0, shade).clamp(0, 1)                                       # what is dark makes a hole
     there = first | (rand(n, SHAPES, 1, 1) < 4 * rand(1, SHAPES, 1, 1) - 1)             # in all, some or none of a task's images
     line = torch.linspace(-1, 1, 28, device=rng.device)
     down, across = line.view(28, 1), torch.where(rand(1, 1, 1, 1) < 0.5, line.abs(), line)
-    right, below = across - x, down - y                                                 # [T, n, SHAPES, 28, 28]
+    right, below = across - x, down - y
     u, v = (angle.cos() * right + angle.sin() * below) / width, (angle.cos() * below - angle.sin() * right) / height
-    radius = ((u.abs() + 1e-4) ** power + (v.abs() + 1e-4) ** power) ** (1 / power)     # 1 on the outline
-    cover = there * ((1 - radius) * torch.minimum(width, height) / 0.03).sigmoid()
-    canvas = torch.zeros(tasks, n, 28, 28, device=rng.device)
-    for shape in range(SHAPES):
-        canvas = canvas + cover[:, :, shape] * (light[:, :, shape].clamp(min=0.0 if shape else 0.3) - canvas)
+    radius = (u.abs() ** power + v.abs() ** power) ** (1 / power)                       # [T, n, SHAPES, 28, 28], 1 on the outline
+    cover = there * ((1 - radius) * torch.minimum(width, height) / 0.03).sigmoid()      # about the distance to it, over its softness
+    canvas = cover[:, :, 0] * light[:, :, 0].clamp(min=0.3)                             # the first is never a hole
+    for shape in range(1, SHAPES):
+        canvas = canvas + cover[:, :, shape] * (light[:, :, shape] - canvas)
     way, striped, phase = 2 * math.pi * rand(1, 1, 1), rand(1, 1, 1) < 0.5, 2 * math.pi * rand(n, 1, 1)
     stripes = striped * rand(n, 1, 1) * ((3 + 17 * rand(n, 1, 1)) * (way.cos() * line + way.sin() * down) + phase).cos()
     cloud = F.interpolate(randn(n, 7, 7), size=(28, 28), mode="bilinear") / 2           # the n images of a task are channels of one
@@ -310,7 +311,7 @@ def drawn_domain(tasks, n, rng):
     return (canvas * relief.clamp(min=0.15)).clamp(0, 1).view(tasks, n, PIXELS) * 2 - 1
 
 def made_up_domain(images, other, rng):
-    """What meta-training adapts to, for every task of [T, n, 784]: an old domain changed or, DRAWN of them, a drawn one changed."""
+    """For every task of [T, n, 784] a new domain: made of its own images or, in DRAWN of the tasks, of drawn ones."""
     drawn = torch.rand(len(images), 1, 1, generator=rng, device=rng.device) < DRAWN
     return new_domain(torch.where(drawn, drawn_domain(*images.shape[:2], rng), images), other, rng)
 
@@ -389,8 +390,9 @@ def remember(layers, rates, seen, gradients, known=0):
 
     The gradient of a weight is gᵀ x, with x the layer's input and g the gradient of its pre-activation: to remember x and
     -a g is to take the step. For a row of x, r remembered rows cost r (N + K) multiplications on top of the product that
-    all tasks share, a weight of the task's own costs N K. A new batch's rows go to the front. `known`: so many first rows the
-    first layer has seen in the last step as well; they are at the front of its memory, and only their deltas add up.
+    all tasks share, a weight of the task's own costs N K. From then on nothing is shared, and memory is kept for a quarter as
+    long. A new batch's rows go to the front. `known`: so many first rows the first layer has seen in the last step as well;
+    they are at the front of its memory, and only their deltas add up.
     """
     adapted = []
     for i, (layer, rate, x, g) in enumerate(zip(layers, rates, seen, gradients)):
@@ -402,7 +404,8 @@ def remember(layers, rates, seen, gradients, known=0):
             x, delta = torch.cat([x, layer.inputs], 1), torch.cat([delta, layer.deltas], 1)
         layer = Layer(layer.weight, layer.bias, x, delta)
         n, k = layer.weight.shape[-2:]
-        adapted.append(fold(layer) if x.shape[1] * (n + k) > n * k else layer)
+        worth = n * k if layer.weight.dim() == 2 else n * k / 4
+        adapted.append(fold(layer) if x.shape[1] * (n + k) > worth else layer)
     return adapted
 
 def fold(layer):
@@ -610,9 +613,9 @@ def pretraining_step(phase, domains, augment):
     """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
     rng = phase["rng"]
     classes = domains.pairs.unique()
-    tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else every image of a class drawn for it
-    draw = lambda: sample_images(domains, classes[torch.randint(len(classes), (tasks,), generator=rng, device=rng.device)], GAN_BATCH // tasks, rng)
-    images = made_up_domain(draw(), draw(), rng) if augment else draw()
+    tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else each of a random class
+    batch = lambda: sample_images(domains, classes[torch.randint(len(classes), (tasks,), generator=rng, device=rng.device)], GAN_BATCH // tasks, rng)
+    images = made_up_domain(batch(), batch(), rng) if augment else batch()
     return gan_step(phase, images.view(1, GAN_BATCH, PIXELS), GAN_BATCH)
 
 def meta_step(phase, domains, settings, views, gradient=None):

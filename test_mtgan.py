@@ -59,7 +59,7 @@ def small(monkeypatch, request):
     torch.set_default_dtype(torch.float32)
 
 
-WIDE = (40, 60, 6)
+WIDE = (70, 80, 8)
 
 
 def mlp(weights, x, slope):
@@ -160,11 +160,11 @@ def test_second_order_is_not_first_order(small, score):
 
 @pytest.mark.parametrize("small", [WIDE], indirect=True)
 def test_the_support_is_remembered_once(small):
-    """What D's first layer remembers: a new batch and its fakes, then only the fakes, until it is folded, and so on."""
+    """What D's first layer remembers: a new batch and its fakes, then only the fakes, until it is folded; then a quarter of that."""
     leaves, batches, _ = small
     steps = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches, torch.Generator().manual_seed(5))
     memory = [phi[0].inputs for _, phi in steps]
-    assert [0 if m is None else m.shape[1] for m in memory] == [0, 9, 18, 22, 0, 9, 13, 17]
+    assert [0 if m is None else m.shape[1] for m in memory] == [0, 9, 18, 22, 26, 30, 34, 0, 9, 0]
     assert all(torch.equal(m[:, :5], batches[step - 1]) for step, m in enumerate(memory) if m is not None)
 
 
@@ -247,6 +247,12 @@ def test_memory_folds_into_weights_where_those_are_cheaper(small):
     assert [layer.inputs is None for layer in adapted] == [4 * (n + k) > n * k for n, k in shapes]
     assert all(layer.inputs is None or layer.inputs.shape[1] * sum(shape) <= math.prod(shape) for layer, shape in zip(folded, shapes))
     assert any(layer.inputs is None for layer in folded) and any(layer.inputs is not None for layer in adapted)
+    for own, rows in ((False, 5), (False, 6), (True, 1), (True, 2)):        # 12 x 12: as many rows as 6, own weights 1.5
+        weight = torch.zeros(2, 12, 12) if own else torch.zeros(12, 12)
+        (layer,) = mtgan.remember([mtgan.Layer(weight, weight[..., 0])], [1.0], [torch.ones(2, rows, 12)], [torch.ones(2, rows, 12)])
+        assert (layer.inputs is None) == (rows == 2 if own else False)
+        (layer,) = mtgan.remember([layer], [1.0], [torch.ones(2, 1, 12)], [torch.ones(2, 1, 12)])
+        assert (layer.inputs is None) == (rows == (1 if own else 6))
     z = mtgan.noise(2, 5, torch.Generator().manual_seed(1))
     same = mtgan.generator([mtgan.fold(layer) for layer in adapted], z)
     assert (mtgan.generator(adapted, z) - same).abs().max() < 1e-12
