@@ -315,8 +315,9 @@ def made_up_domain(images, other, rng):
     drawn = torch.rand(len(images), 1, 1, generator=rng, device=rng.device) < DRAWN
     return new_domain(torch.where(drawn, drawn_domain(*images.shape[:2], rng), images), other, rng)
 
-def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
-    """The images of T tasks, given as (source class, target class) pairs [T, 2].
+def sample_episode(domains, pairs, shots, queries, source_steps, rng, change=None):
+    """The images of T tasks, given as (source class, target class) pairs [T, 2]; `change`: what becomes of the targets,
+    `new_domain` or `made_up_domain`, if anything.
 
     Returns source_steps batches of the source and the support  # each [T, shots, 784]
     and query images of the target, none of them in the support  # [T, queries, 784]
@@ -324,9 +325,9 @@ def sample_episode(domains, pairs, shots, queries, source_steps, rng, augment):
     source, target = pairs.T
     sources = [sample_images(domains, source, shots, rng) for _ in range(source_steps)]
     images = sample_images(domains, target, shots + queries, rng)
-    if augment:
+    if change:
         other = sample_pairs(domains, len(pairs), rng)[:, 1]
-        images = made_up_domain(images, sample_images(domains, other, shots + queries, rng), rng)
+        images = change(images, sample_images(domains, other, shots + queries, rng), rng)
     return sources, images[:, :shots].contiguous(), images[:, shots:]
 
 # 2  Networks: pure functions of their parameters -----------------------------------------------------------------------
@@ -625,7 +626,7 @@ def meta_step(phase, domains, settings, views, gradient=None):
     """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
-    sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, augment=True)
+    sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, made_up_domain)
     batches = [*sources, *[support] * settings.inner_steps]
     loss, gradients = (gradient or meta_gradient)(leaves, batches, query, settings.algorithm, views, rng)
     finite = update(phase["optimizers"][0], leaves, gradients, CLIP)
@@ -862,21 +863,22 @@ def held_out_pairs(domains, seed):
     turns = [order[i] for i in range(len(sources)) for order in orders if i < len(order)]
     return torch.tensor(sorted(turns[:TEST_PAIRS], key=lambda pair: pair[::-1]), device=domains.images.device)
 
-def draw_test(domains, pairs, settings, rng, augment=False):
+def draw_test(domains, pairs, settings, rng, change=None):
     """Source batches and support of T tasks, and two equally large sets of other target images, fresh and reference."""
-    n = min(500, (min(int(domains.count[c]) for c in domains.roles["train" if augment else "test"][1]) - settings.shots) // 2)
-    sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, augment)
+    n = min(500, (min(int(domains.count[c]) for c in domains.roles["train" if change else "test"][1]) - settings.shots) // 2)
+    sources, support, rest = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps, rng, change)
     return sources, support, rest[:, :n], rest[:, n:]
 
 def choose_rates(method, domains, settings, classifier):
-    """Adam's best learning rate for every number of steps, on made-up domains of the *meta-training* classes.
+    """Adam's best learning rate for every number of steps, on the *meta-training* classes, changed; drawn domains ask for larger
+    rates than real images do.
 
     method: `few_shot` or `fine_tune`, as a function of (lr, sources, support, n, rng, test_steps). All rates get the same random
     numbers, and the smallest is taken where they do equally well, as after steps that do not use it.
     """
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
-    test = draw_test(domains, pairs, settings, rng, augment=True)
+    test = draw_test(domains, pairs, settings, rng, new_domain)
     state = rng.get_state()
     for lr in settings.gan_rates:
         rng.set_state(state)

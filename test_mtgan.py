@@ -569,7 +569,7 @@ def test_support_and_query_are_disjoint_and_of_their_class():
     domains, rng = numbered_domains(), torch.Generator().manual_seed(0)
     for _ in range(20):
         pairs = mtgan.sample_pairs(domains, 4, rng)
-        sources, support, query = mtgan.sample_episode(domains, pairs, 10, 30, 2, rng, augment=False)
+        sources, support, query = mtgan.sample_episode(domains, pairs, 10, 30, 2, rng)
         assert len(sources) == 2 and support.shape == (4, 10, 784) and query.shape == (4, 30, 784)
         for i, (source, target) in enumerate(pairs.tolist()):
             both = torch.cat([numbers_of(support)[i], numbers_of(query)[i]])
@@ -632,14 +632,22 @@ def test_a_share_of_the_made_up_domains_is_drawn(monkeypatch):
     assert abs((made[:, 0, 0] == 1.5).double().mean() - mtgan.DRAWN) < 0.05
 
 
-def test_made_up_domains_are_for_meta_training_and_the_end_of_the_warm_start(monkeypatch):
-    domains, asked, phase = numbered_domains(), [], {"rng": torch.Generator().manual_seed(0)}
-    monkeypatch.setattr(mtgan, "made_up_domain", lambda images, other, rng: asked.append(images.shape) or images)
-    monkeypatch.setattr(mtgan, "gan_step", lambda phase, real, fakes: None)
-    for augment, shapes in ((False, []), (True, [(4, 16, 784), (2, 13, 784)])):
-        mtgan.pretraining_step(phase, domains, augment)
-        mtgan.sample_episode(domains, domains.pairs[:2], 5, 8, 0, phase["rng"], augment)
-        assert asked == shapes
+def test_what_is_made_up_and_what_is_only_changed(monkeypatch, narrow):
+    """Drawn domains are for episodes and the end of the warm start; rates are chosen on real images."""
+    domains, asked, phase = numbered_domains(), [], mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)
+    for name in ("made_up_domain", "new_domain"):
+        monkeypatch.setattr(mtgan, name, lambda images, other, rng, name=name: asked.append((name, images.shape)) or images)
+    gan = {**mtgan.new_phase(phase["leaves"][:-1], 0)}
+    mtgan.pretraining_step(gan, domains, augment=False)
+    mtgan.sample_episode(domains, domains.pairs[:2], 5, 8, 0, phase["rng"])
+    assert asked == []
+    mtgan.pretraining_step(gan, domains, augment=True)
+    mtgan.meta_step(phase, domains, narrow, [mtgan.pixels])
+    assert asked == [("made_up_domain", (4, 16, 784)), ("made_up_domain", (2, 11, 784))]
+    settings = types.SimpleNamespace(seed=0, tune_tasks=3, test_steps=[0], gan_rates=[1e-3], shots=5, source_steps=0)
+    method = lambda lr, sources, support, n, rng, test_steps: [(0, support[:, :1].expand(-1, n, -1))]
+    mtgan.choose_rates(method, domains, settings, mtgan.new_classifier(len(domains.names)))
+    assert asked[2:] == [("new_domain", (3, 39, 784))]
 
 
 def test_held_out_classes_never_reach_training(tmp_path, monkeypatch):
