@@ -617,7 +617,7 @@ def test_a_drawn_domain_is_one_design_a_task():
     distance = torch.cdist(images.flatten(0, 1), images.flatten(0, 1)).view(40, 12, 40, 12)
     same = distance.diagonal(dim1=0, dim2=2)                                # [12, 12, 40]
     assert (same[~torch.eye(12, dtype=torch.bool)] > 1e-3).all()            # a task's images differ,
-    assert same.mean((0, 1)).lt(distance.mean((1, 2, 3))).double().mean() > 0.9      # but less than those of two tasks
+    assert same.mean() < 0.6 * distance.mean()                              # but less than those of two tasks
     square = images.view(40, 12, 28, 28)
     symmetric = (square - square.flip(-1)).abs().mean((1, 2, 3)) < 0.12     # but for light and shade
     assert 8 < symmetric.sum() < 32
