@@ -637,7 +637,7 @@ def test_what_is_made_up_and_what_is_only_changed(monkeypatch, narrow):
     domains, asked, phase = numbered_domains(), [], mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)
     for name in ("made_up_domain", "new_domain"):
         monkeypatch.setattr(mtgan, name, lambda images, other, rng, name=name: asked.append((name, images.shape)) or images)
-    gan = {**mtgan.new_phase(phase["leaves"][:-1], 0)}
+    gan = mtgan.new_phase(phase["leaves"][:-1], 0)
     mtgan.pretraining_step(gan, domains, augment=False)
     mtgan.sample_episode(domains, domains.pairs[:2], 5, 8, 0, phase["rng"])
     assert asked == []
