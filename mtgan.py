@@ -17,8 +17,8 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', the same z
-    (3) outer step      (theta_0, phi_0, a) <- Adam on the gradient of the distances from G(theta_k) to the query images, after
-                        half of the inner steps and at their end, through all inner steps (by default)
+    (3) outer step      (theta_0, phi_0, a) <- Muon (weights) or Adam (biases, a) on the gradient of the distances from G(theta_k) to
+                        the query images, after half of the inner steps and at their end, through all inner steps (by default)
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -555,7 +555,7 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     maml     differentiates through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
              them, then gets no gradient, nor do D's rates
-    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and Adam
+    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and the optimisers
              (Nichol et al. 2018, arXiv 1803.02999); the loss is only shown, the rates stay
     """
     rates, losses = leaves[-1].exp(), []
@@ -567,6 +567,40 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
         return loss.detach(), [*[(start - end.mean(0)).detach() for start, end in zip(leaves, own_weights(theta, phi))], torch.zeros_like(rates)]
     return loss.detach(), grad(loss, leaves, materialize_grads=True)
 
+def orthogonal(matrix, steps=5):
+    """About U Vᵀ, where U S Vᵀ is the matrix [N, K]: its singular values are brought near 1, between 0.7 and 1.2, by Newton and
+    Schulz's iteration, the coefficients being those of Jordan et al. 2024. In bfloat16, if this device has units for it."""
+    short = matrix.dtype == torch.float32 and (matrix.is_cuda or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    x = (x.mT if len(x) > x.shape[1] else x).to(torch.bfloat16 if short else matrix.dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return (x if x.shape == matrix.shape else x.mT).to(matrix.dtype)
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the momentum made orthogonal: all directions of a weight learn equally fast, not the steepest alone (Jordan et al.
+    2024, kellerjordan.github.io/posts/muon). An entry of a step is the learning rate in root mean square, about as Adam's is.
+
+    torch.optim.Muon needs the learning rate on the host and cannot leave out a step that is not finite without asking the device,
+    which a CUDA graph must not (`update`); and it computes in bfloat16, slowly where a processor has no units for it.
+    """
+
+    def __init__(self, groups, momentum=0.9):
+        super().__init__(groups, {"momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for leaf in group["params"]:
+                if leaf not in self.state:
+                    self.state[leaf]["momentum"] = torch.zeros_like(leaf)
+                buffer = self.state[leaf]["momentum"]
+                momentum = buffer.lerp(leaf.grad, 1 - group["momentum"])
+                step = orthogonal(leaf.grad.lerp(momentum, group["momentum"])) * max(leaf.shape) ** 0.5     # Nesterov's
+                buffer.copy_(torch.where(self.found_inf > 0, buffer, momentum))
+                leaf.copy_(torch.where(self.found_inf > 0, leaf, leaf - group["lr"] * step))
+
 def new_phase(flat, seed, settings=None):
     """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
 
@@ -575,28 +609,31 @@ def new_phase(flat, seed, settings=None):
     optimisers; the random numbers.
     """
     leaves = [t.detach().clone().requires_grad_() for t in flat]
+    adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True, capturable=flat[0].is_cuda)
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
         # A logarithm must move faster than a weight. Tensors, for a CUDA graph to see them change.
-        groups = [[{"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
-                   for part, lr in ((leaves[:-1], settings.meta_lr), (leaves[-1:], 12.5 * settings.meta_lr))]]
+        group = lambda part, lr: {"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
+        vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 1 or len(leaf) == 1]           # the biases, and D's last weight
+        matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 and len(leaf) > 1]
+        optimizers = [Muon([group(matrices, settings.meta_lr)]), adam([group(vectors, settings.meta_lr), group(leaves[-1:], 12.5 * settings.meta_lr)])]
     else:
-        groups = [[{"params": tensors(layers), "lr": 2e-4}] for layers in players(leaves)]
+        optimizers = [adam([{"params": tensors(layers), "lr": 2e-4}]) for layers in players(leaves)]
     return {"step": 0, "skipped": 0, "in_a_row": 0, "leaves": leaves, "average": [t.detach().clone() for t in leaves if settings],
-            "optimizers": [torch.optim.Adam(group, betas=(0.5, 0.999), fused=True, capturable=flat[0].is_cuda) for group in groups],
-            "rng": torch.Generator(flat[0].device).manual_seed(seed)}
+            "optimizers": optimizers, "rng": torch.Generator(flat[0].device).manual_seed(seed)}
 
-def update(optimizer, leaves, gradients, clip=math.inf):
-    """An optimiser's step with gradients of at most this norm; nothing happens where not all is finite; returns whether all was.
+def update(optimizers, leaves, gradients, clip=math.inf):
+    """The optimisers' step with gradients of at most this norm; nothing happens where not all is finite; returns whether all was.
 
-    All of it, that decision too, stays on the device: fused Adam looks for `found_inf`, as it does for a GradScaler.
+    All of it, that decision too, stays on the device: fused Adam looks for `found_inf`, as it does for a GradScaler, and so does Muon.
     """
     for leaf, gradient in zip(leaves, gradients):
         leaf.grad = gradient.contiguous()       # fused Adam on a CPU takes a transposed gradient for a plain one, without a word
     finite = torch.nn.utils.clip_grad_norm_(leaves, clip).isfinite()
-    optimizer.found_inf = 1 - finite.float()
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.found_inf = 1 - finite.float()
+        optimizer.step()
     return finite
 
 def gan_step(phase, real, fakes):
@@ -605,9 +642,9 @@ def gan_step(phase, real, fakes):
     judge = lambda images: discriminator(phi, images, dropout=0.3, rng=rng)
     fake = generator(theta, noise(len(real), fakes, rng))
     d = loss_d(judge(real), judge(fake.detach())).sum()
-    finite = update(adam_d, tensors(phi), grad(d, tensors(phi)))
+    finite = update([adam_d], tensors(phi), grad(d, tensors(phi)))
     g = loss_g(judge(fake)).sum()
-    finite &= update(adam_g, tensors(theta), grad(g, tensors(theta)))
+    finite &= update([adam_g], tensors(theta), grad(g, tensors(theta)))
     return finite, {"D": d.detach(), "G": g.detach()}
 
 def pretraining_step(phase, domains, augment):
@@ -629,7 +666,7 @@ def meta_step(phase, domains, settings, views, gradient=None):
     sources, support, query = sample_episode(domains, pairs, settings.shots, settings.queries, settings.source_steps, rng, made_up_domain)
     batches = [*sources, *[support] * settings.inner_steps]
     loss, gradients = (gradient or meta_gradient)(leaves, batches, query, settings.algorithm, views, rng)
-    finite = update(phase["optimizers"][0], leaves, gradients, CLIP)
+    finite = update(phase["optimizers"], leaves, gradients, CLIP)
     with torch.no_grad():
         leaves[-1].clamp_(max=math.log(MAX_RATE))
         torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
@@ -732,7 +769,8 @@ def train(run, domains, settings, save):
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
     def episode(phase):
-        for group in phase["optimizers"][0].param_groups:       # outer learning rates fall to 0 in the second half
+        for group in (group for optimizer in phase["optimizers"] for group in optimizer.param_groups):
+            # outer learning rates fall to 0 in the second half
             group["lr"].fill_(group["initial_lr"] * min(1, 2 - 2 * phase["step"] / settings.meta_steps))
         finite, loss, *rates = one_episode(phase).tolist()
         return finite, {"loss": loss, **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
@@ -874,7 +912,8 @@ def choose_rates(method, domains, settings, classifier):
     rates than real images do.
 
     method: `few_shot` or `fine_tune`, as a function of (lr, sources, support, n, rng, test_steps). All rates get the same random
-    numbers, and the smallest is taken where they do equally well, as after steps that do not use it.
+    numbers, and the smallest is taken where they do equally well, as after steps that do not use it. A rate that comes to twice
+    the distance of a smaller one is not followed further.
     """
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
@@ -884,6 +923,8 @@ def choose_rates(method, domains, settings, classifier):
         rng.set_state(state)
         for steps, samples in method(lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
             distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
+            if distance[steps][lr] > 2 * min(distance[steps].values()):
+                break
     return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
 
 def meta_test(run, domains, settings, classifier):
@@ -1020,7 +1061,7 @@ def claim_folder(out, overwrite):
 def pack_phase(phase):
     """A phase as tensors and primitives."""
     return {**phase, "leaves": [t.detach() for t in phase["leaves"]], "rng": phase["rng"].get_state(),
-            "optimizers": [adam.state_dict() for adam in phase["optimizers"]]}
+            "optimizers": [optimizer.state_dict() for optimizer in phase["optimizers"]]}
 
 def save_run(run, out):
     """checkpoint.pt, of tensors and primitives only, and log.csv."""
@@ -1046,17 +1087,14 @@ def load_phase(saved, settings, device):
     """The inverse of pack_phase. Raises ValueError unless all that is saved has the form that it must have."""
     start = random_start(0, device)
     phase = new_phase(start, 0, settings if saved["average"] else None)
-    for leaf in phase["leaves"]:
-        leaf.grad = torch.zeros_like(leaf)
-    for adam in phase["optimizers"]:
-        adam.step()                         # so that it has the state that a saved one has
+    update(phase["optimizers"], phase["leaves"], [torch.zeros_like(leaf) for leaf in phase["leaves"]])      # now they have the state that saved ones have
     if not same_form(saved, pack_phase(phase)):
         raise ValueError("a phase of another form, or begun on another kind of device")
     with torch.no_grad():
         for leaf, value in zip(phase["leaves"], saved["leaves"]):
             leaf.copy_(value)
-    for adam, state in zip(phase["optimizers"], saved["optimizers"]):
-        adam.load_state_dict(state)
+    for optimizer, state in zip(phase["optimizers"], saved["optimizers"]):
+        optimizer.load_state_dict(state)
     phase["rng"].set_state(saved["rng"].cpu())
     return {**saved, **{key: phase[key] for key in ("leaves", "optimizers", "rng")}}
 
@@ -1264,9 +1302,9 @@ def parse_arguments(argv):
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=800, help="episodes of meta-training (default: 800)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=1000, help="episodes of meta-training (default: 1000)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
-    option("--meta-lr", type=number(float, 1e-8, 1), default=4e-4, help="outer learning rate (default: 4e-4)")
+    option("--meta-lr", type=number(float, 1e-8, 1), default=5e-4, help="outer learning rate (default: 5e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")
     # deployment
     option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
