@@ -17,8 +17,8 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
                         theta' = theta - a_theta dL_G/dtheta  at theta; phi', the same z
-    (3) outer step      (theta_0, phi_0, a) <- Muon (weights) or Adam (biases, a) on the gradient of the distances from G(theta_k) to
-                        the query images, after half of the inner steps and at their end, through all inner steps (by default)
+    (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on the gradient of the distances from G(theta_k)
+                        to the query images, after half of the steps on the support and at their end, through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -51,7 +51,7 @@ FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, n
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
 AVERAGE = 0.98              # decay of the moving average of everything meta-learned
-CLIP = 1.0                  # largest norm of an outer gradient
+CLIP = 1.0                  # largest norm of an outer gradient: no episode weighs too much in the optimisers' moving averages
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
@@ -555,7 +555,8 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     maml     differentiates through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
              them, then gets no gradient, nor do D's rates
-    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and the optimisers
+    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and
+             the optimisers, which heed its direction alone
              (Nichol et al. 2018, arXiv 1803.02999); the loss is only shown, the rates stay
     """
     rates, losses = leaves[-1].exp(), []
@@ -568,8 +569,12 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     return loss.detach(), grad(loss, leaves, materialize_grads=True)
 
 def orthogonal(matrix, steps=5):
-    """About U Vᵀ, where U S Vᵀ is the matrix [N, K]: its singular values are brought near 1, between 0.7 and 1.2, by Newton and
-    Schulz's iteration, the coefficients being those of Jordan et al. 2024. In bfloat16, if this device has units for it."""
+    """About U Vᵀ, where U S Vᵀ is the singular value decomposition of the matrix [N, K], by products alone.
+
+    An iteration of Newton and Schulz, x <- 3.4445 x - 4.775 (x xᵀ) x + 2.0315 (x xᵀ)² x, applies that polynomial to every singular
+    value and keeps U and V. Values from 0.2 % of the matrix's norm on come to between 0.7 and 1.2, smaller ones stay smaller.
+    The coefficients are those of Jordan et al. 2024. In bfloat16 on a GPU, and on a processor with AVX-512 for it.
+    """
     short = matrix.dtype == torch.float32 and (matrix.is_cuda or getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16"))
     x = matrix / matrix.norm().clamp(min=1e-7)
     x = (x.mT if len(x) > x.shape[1] else x).to(torch.bfloat16 if short else matrix.dtype)
@@ -579,8 +584,9 @@ def orthogonal(matrix, steps=5):
     return (x if x.shape == matrix.shape else x.mT).to(matrix.dtype)
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the momentum made orthogonal: all directions of a weight learn equally fast, not the steepest alone (Jordan et al.
-    2024, kellerjordan.github.io/posts/muon). An entry of a step is the learning rate in root mean square, about as Adam's is.
+    """Steps along the gradients' moving average with its singular values made alike (`orthogonal`): all directions of a weight learn
+    equally fast, not the steepest alone (Jordan et al. 2024, kellerjordan.github.io/posts/muon). In root mean square, a step's
+    entries are the learning rate, as Adam's are about; less where the average has few strong directions.
 
     torch.optim.Muon needs the learning rate on the host and cannot leave out a step that is not finite without asking the device,
     which a CUDA graph must not (`update`); and it computes in bfloat16, slowly where a processor has no units for it.
@@ -597,7 +603,7 @@ class Muon(torch.optim.Optimizer):
                     self.state[leaf]["momentum"] = torch.zeros_like(leaf)
                 buffer = self.state[leaf]["momentum"]
                 momentum = buffer.lerp(leaf.grad, 1 - group["momentum"])
-                step = orthogonal(leaf.grad.lerp(momentum, group["momentum"])) * max(leaf.shape) ** 0.5     # Nesterov's
+                step = orthogonal(leaf.grad.lerp(momentum, group["momentum"])) * max(leaf.shape) ** 0.5     # Nesterov: looks ahead
                 buffer.copy_(torch.where(self.found_inf > 0, buffer, momentum))
                 leaf.copy_(torch.where(self.found_inf > 0, leaf, leaf - group["lr"] * step))
 
@@ -605,15 +611,15 @@ def new_phase(flat, seed, settings=None):
     """A phase of training that starts from copies of the parameters `flat`, as all that a checkpoint must hold of it.
 
     Ordinary GAN training, or with `settings` meta-training, which learns the inner learning rates as well. Keys: the steps
-    done, and how many updates were skipped, in all and in a row; what is learned, `leaves`, and its moving average; the
-    optimisers; the random numbers.
+    done, and how many updates were skipped, in all and in a row; what is learned, `leaves`, and its moving average, which only
+    meta-training has; the optimisers; the random numbers.
     """
     leaves = [t.detach().clone().requires_grad_() for t in flat]
     adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True, capturable=flat[0].is_cuda)
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
-        # A logarithm must move faster than a weight. Tensors, for a CUDA graph to see them change.
+        # A logarithm must move faster than a weight. Learning rates are tensors, so that a CUDA graph sees them fall.
         group = lambda part, lr: {"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
         vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 1 or len(leaf) == 1]           # the biases, and D's last weight
         matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 and len(leaf) > 1]
@@ -908,8 +914,8 @@ def draw_test(domains, pairs, settings, rng, change=None):
     return sources, support, rest[:, :n], rest[:, n:]
 
 def choose_rates(method, domains, settings, classifier):
-    """Adam's best learning rate for every number of steps, on the *meta-training* classes, changed; drawn domains ask for larger
-    rates than real images do.
+    """Adam's best learning rate for every number of steps, on the *meta-training* classes, changed (`new_domain`), but not on drawn
+    domains: those ask for larger rates than real images do.
 
     method: `few_shot` or `fine_tune`, as a function of (lr, sources, support, n, rng, test_steps). All rates get the same random
     numbers, and the smallest is taken where they do equally well, as after steps that do not use it. A rate that comes to twice
@@ -1121,7 +1127,7 @@ def load_run(path, device, resume):
         for network in {"classifier", "features"} & run.keys():
             new_classifier(len(run["names"])).load_state_dict(run[network])
     except Exception as error:              # whatever a damaged or foreign file makes torch.load and these lines raise
-        raise UserError(f"{path} is not a checkpoint of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
+        raise UserError(f"{path} is not a checkpoint of this version of MT-GAN, or is damaged ({type(error).__name__}: {str(error):.80})") from error
     return run
 
 def deploy(settings, device):

@@ -1083,7 +1083,7 @@ def test_a_checkpoint_that_is_none(finished, tmp_path, capsys, monkeypatch):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         kept = path.read_bytes()
         for arguments in (["--adapt", path, "--target", "digits"], [*TINY, "--out", tmp_path, "--resume"])[i >= len(everywhere):]:
-            assert "is not a checkpoint of MT-GAN, or is damaged" in refused(capsys, *arguments)
+            assert "is not a checkpoint of this version of MT-GAN, or is damaged" in refused(capsys, *arguments)
         assert path.read_bytes() == kept
     assert not (tmp_path / "sprung").exists()
 
