@@ -1240,6 +1240,9 @@ def benchmark(settings, device):
     steps = {"MT-GAN": a_step(), "plain loop over the tasks": a_step(explicit_gradient, "none"), "first order": a_step(algorithm="fomaml")}
     if fast != "none":
         steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
+    optimizing = new_phase(start, 0, settings)
+    gradients = [torch.randn_like(leaf) for leaf in optimizing["leaves"]]
+    steps["optimisers alone"] = lambda: update(optimizing["optimizers"], optimizing["leaves"], gradients)
     if device.type == "cuda":
         steps["MT-GAN as a CUDA graph"] = replay = a_step(around=captured)
         for _ in range(4):

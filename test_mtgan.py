@@ -459,6 +459,8 @@ def test_a_benchmark_prints_every_row(narrow, monkeypatch, capsys):
     for line in lines[3:6]:
         seconds, ratio, gflop, speed, _ = map(float, line[34:].split())
         assert seconds > 0 and ratio > 0 and gflop > 0 and speed >= 0
+    [optimisers] = [line for line in lines if line.startswith("optimisers alone")]
+    assert 0 < float(optimisers[34:].split()[0]) < float(lines[4][34:].split()[0])      # a part of the loop's step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
