@@ -348,6 +348,19 @@ def test_muon_is_torchs():
     assert 0.7e-3 < (mine[0] - before[0]).square().mean().sqrt() / 3 ** 0.5 < 2.5e-3        # three more steps
 
 
+def test_who_takes_the_outer_step():
+    """Muon the matrices, Adam the biases, D's last weight, which is a row, and, faster, the rates; each leaf once."""
+    settings = mtgan.parse_arguments(["--meta-lr", "1e-3"])
+    phase = mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, settings)
+    muon, adam = phase["optimizers"]
+    parts = [(type(optimizer), group["lr"].item(), [tuple(leaf.shape) for leaf in group["params"]])
+             for optimizer in (muon, adam) for group in optimizer.param_groups]
+    shapes = [tuple(leaf.shape) for leaf in phase["leaves"]]
+    assert parts[0] == (mtgan.Muon, pytest.approx(1e-3), [shapes[i] for i in (0, 2, 4, 6, 8, 10, 12)])
+    assert parts[1] == (torch.optim.Adam, pytest.approx(1e-3), [shapes[i] for i in (1, 3, 5, 7, 9, 11, 13, 14, 15)])
+    assert parts[2] == (torch.optim.Adam, pytest.approx(12.5e-3), [shapes[16]])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The meta-step on a device: no waiting, a CUDA graph, a benchmark
 # ----------------------------------------------------------------------------------------------------------------------
