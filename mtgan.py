@@ -555,9 +555,9 @@ def meta_gradient(leaves, batches, query, algorithm, views, rng):
     maml     differentiates through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   the inner gradients are constants (the same paper): phi_0, which reaches the energy distance only through
              them, then gets no gradient, nor do D's rates
-    reptile  no derivative: the start minus the mean of the adapted weights takes the gradient's place, before clipping and
-             the optimisers, which heed its direction alone
-             (Nichol et al. 2018, arXiv 1803.02999); the loss is only shown, the rates stay
+    reptile  no derivative (Nichol et al. 2018, arXiv 1803.02999): the start minus the mean of the adapted weights takes the
+             gradient's place, before clipping and the optimisers, which heed its direction alone; the loss is only shown,
+             the rates stay
     """
     rates, losses = leaves[-1].exp(), []
     for steps, (theta, phi) in enumerate(adapt(*players(leaves), rates, batches, rng, second_order=algorithm == "maml", own_paths=not views)):
@@ -621,8 +621,8 @@ def new_phase(flat, seed, settings=None):
         leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
         # A logarithm must move faster than a weight. Learning rates are tensors, so that a CUDA graph sees them fall.
         group = lambda part, lr: {"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
-        vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 1 or len(leaf) == 1]           # the biases, and D's last weight
-        matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 and len(leaf) > 1]
+        is_vector = lambda leaf: leaf.dim() == 1 or len(leaf) == 1              # the biases, and D's last weight
+        vectors, matrices = ([leaf for leaf in leaves[:-1] if is_vector(leaf) == wanted] for wanted in (True, False))
         optimizers = [Muon([group(matrices, settings.meta_lr)]), adam([group(vectors, settings.meta_lr), group(leaves[-1:], 12.5 * settings.meta_lr)])]
     else:
         optimizers = [adam([{"params": tensors(layers), "lr": 2e-4}]) for layers in players(leaves)]
@@ -775,9 +775,9 @@ def train(run, domains, settings, save):
     one_episode = captured(one_episode) if device.type == "cuda" else one_episode
 
     def episode(phase):
-        for group in (group for optimizer in phase["optimizers"] for group in optimizer.param_groups):
-            # outer learning rates fall to 0 in the second half
-            group["lr"].fill_(group["initial_lr"] * min(1, 2 - 2 * phase["step"] / settings.meta_steps))
+        for optimizer in phase["optimizers"]:
+            for group in optimizer.param_groups:                # outer learning rates fall to 0 in the second half
+                group["lr"].fill_(group["initial_lr"] * min(1, 2 - 2 * phase["step"] / settings.meta_steps))
         finite, loss, *rates = one_episode(phase).tolist()
         return finite, {"loss": loss, **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
 
