@@ -476,16 +476,16 @@ def energy_distance(x, y):
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
 
-    theta, phi: layers; rates: inner learning rates [2, 4], G's and D's, per layer; batches: of [T, shots, 784], remembered
-    once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
+    theta, phi: layers; rates: inner learning rates [steps, 2, 4], G's and D's, for every layer (a rate for every step: Antoniou
+    et al. 2019, arXiv 1810.09502); batches: of [T, shots, 784], at most as many, remembered once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
     through all steps; without it the steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each
     player's steps see the other as a constant, so that no player lowers its loss by an initialisation that makes the *other*
     learn badly. Yields theta and phi as they are, and after every step.
     """
     yield theta, phi
     real = None
-    for batch in batches:
-        known, real, shots = batch is real, batch, batch.shape[1]
+    for step, batch in enumerate(batches):
+        (rates_g, rates_d), known, real, shots = rates[step], batch is real, batch, batch.shape[1]
         with torch.set_grad_enabled(second_order):
             seen = []
             fake = generator(theta, noise(len(real), FAKES, rng), seen)
@@ -495,14 +495,14 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
             # of an image is computed once; from then on, a step only adds its own (x Xᵀ + 1) Δ to that, equation (4).
             first_out = torch.cat([first_out[:, :shots] if known else linear(phi[0], real), linear(phi[0], shown)], 1)
             seen_by_d, gradients = discriminator_gradients(phi, images, first_out, shots)
-            first_out = first_out + bmm(bmm(images, images.mT) + 1, -rates[1][0] * gradients[0])
+            first_out = first_out + bmm(bmm(images, images.mT) + 1, -rates_d[0] * gradients[0])
         # To remember is outside: in first order g is a constant, but theta - a g still has derivatives by theta and by a.
-        phi = remember(phi, rates[1], seen_by_d, gradients, known=shots if known else 0)
+        phi = remember(phi, rates_d, seen_by_d, gradients, known=shots if known else 0)
         with torch.set_grad_enabled(second_order):
             # With own_paths, D's first layer is computed anew: first_out depends on phi, where it should on theta alone.
             judge, out = (detach(phi), None) if own_paths else (phi, first_out[:, shots:])
             gradients = generator_gradients(theta, judge, fake, out, seen)
-        theta = remember(theta, rates[0], seen, gradients)
+        theta = remember(theta, rates_g, seen, gradients)
         yield theta, phi
 
 def discriminator_gradients(phi, images, first_out, shots):
@@ -592,7 +592,7 @@ class Muon(torch.optim.Optimizer):
     which a CUDA graph must not (`update`); and it computes in bfloat16, slowly where a processor has no units for it.
     """
 
-    def __init__(self, groups, momentum=0.9):
+    def __init__(self, groups, momentum=0.8):
         super().__init__(groups, {"momentum": momentum})
 
     @torch.no_grad()
@@ -618,7 +618,8 @@ def new_phase(flat, seed, settings=None):
     adam = partial(torch.optim.Adam, betas=(0.5, 0.999), fused=True, capturable=flat[0].is_cuda)
     if settings:
         rates = settings.inner_lr * torch.tensor([[1.0], [0.2]], device=flat[0].device)      # D is the quicker one to diverge
-        leaves.append(rates.log().expand(2, len(GENERATOR_SIZES) - 1).clone().requires_grad_())
+        steps = settings.source_steps + settings.inner_steps
+        leaves.append(rates.log().repeat(steps, 1, len(GENERATOR_SIZES) - 1).requires_grad_())              # [steps, 2, 4]
         # A logarithm must move faster than a weight. Learning rates are tensors, so that a CUDA graph sees them fall.
         group = lambda part, lr: {"params": part, "lr": torch.tensor(lr, device=flat[0].device), "initial_lr": lr}
         is_vector = lambda leaf: leaf.dim() == 1 or len(leaf) == 1              # the biases, and D's last weight
@@ -665,7 +666,7 @@ def pretraining_step(phase, domains, augment):
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
 
-    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the rates  # [1 + 1 + 8]
+    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the rates' means over the steps  # [1 + 1 + 8]
     """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
@@ -676,7 +677,7 @@ def meta_step(phase, domains, settings, views, gradient=None):
     with torch.no_grad():
         leaves[-1].clamp_(max=math.log(MAX_RATE))
         torch._foreach_lerp_(phase["average"], leaves, 1 - AVERAGE)
-    return torch.cat([torch.stack([finite, loss]), leaves[-1].detach().exp().flatten()])
+    return torch.cat([torch.stack([finite, loss]), leaves[-1].detach().exp().mean(0).flatten()])
 
 def pixels(images):
     """The plainest view of images."""
@@ -1122,7 +1123,8 @@ def load_run(path, device, resume):
         if (not all(type(run[key]) is type(value) for key, value in form.items()) or settings.inner_steps < 1
                 or run["source images"].shape[1:] != (settings.shots, PIXELS)):
             raise ValueError("something is missing")
-        if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], [*random_start(0, device), torch.zeros(2, 4)]):
+        learned = [*random_start(0, device), torch.zeros(settings.source_steps + settings.inner_steps, 2, 4)]
+        if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], learned):
             raise ValueError("other networks than MT-GAN's")
         for network in {"classifier", "features"} & run.keys():
             new_classifier(len(run["names"])).load_state_dict(run[network])
@@ -1182,8 +1184,8 @@ def explicit_gradient(leaves, batches, query, algorithm, views, rng):
         for step, real in enumerate(batches, 1):
             seed = next(z)
             fake = generator(theta, seed)
-            phi = explicit_step(phi, rates[1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
-            theta = explicit_step(theta, rates[0], lambda theta: loss_g(discriminator(phi, generator(theta, seed))))
+            phi = explicit_step(phi, rates[step - 1, 1], lambda phi: loss_d(discriminator(phi, real[t:t + 1]), discriminator(phi, fake)))
+            theta = explicit_step(theta, rates[step - 1, 0], lambda theta: loss_g(discriminator(phi, generator(theta, seed))))
             if step in scored(batches):
                 fake = generator(theta, next(z))
                 own += sum(energy_distance(view(fake), view(query[t:t + 1])) for view in views).mean() / tasks / len(scored(batches))
@@ -1311,7 +1313,7 @@ def parse_arguments(argv):
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
-    option("--meta-steps", type=number(int, 1, 10**7), default=1000, help="episodes of meta-training (default: 1000)")
+    option("--meta-steps", type=number(int, 1, 10**7), default=1300, help="episodes of meta-training (default: 1300)")
     option("--meta-batch", type=number(int, 1, 64), default=4, help="tasks of an episode (default: 4)")
     option("--meta-lr", type=number(float, 1e-8, 1), default=5e-4, help="outer learning rate (default: 5e-4)")
     option("--test-seeds", type=number(int, 1, 100), default=3, help="draws of the support images in meta-testing (default: 3)")

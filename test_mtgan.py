@@ -52,7 +52,7 @@ def small(monkeypatch, request):
     torch.set_default_dtype(torch.float64)
     rng = torch.Generator().manual_seed(3)
     leaves = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
-    rates = torch.log(0.2 + 0.3 * torch.rand(2, 4, generator=rng))
+    rates = torch.log(0.2 + 0.3 * torch.rand(steps + 1, 2, 4, generator=rng))
     leaves = [(1.5 * t).requires_grad_() for t in leaves] + [rates.requires_grad_()]
     source, support, query = (torch.rand(2, n, pixels, generator=rng) * 2 - 1 for n in (5, 5, 6))
     yield leaves, [source, *[support] * steps], query
@@ -79,7 +79,7 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
     rng = torch.Generator().manual_seed(seed)
     half = 1 + len(batches) // 2                # scored after the source and half of the steps on the support, and at the end
     noises = [mtgan.noise(len(query), n, rng) for k in range(1, len(batches) + 1) for n in [mtgan.FAKES] + [query.shape[1]] * (k in (half, len(batches)))]
-    alpha = leaves[-1].exp().repeat_interleave(2, 1)
+    alpha = leaves[-1].exp().repeat_interleave(2, 2)         # a layer's rate is its weight's and its bias's  # [steps, 2, 8]
     shown = iter(frozen or ())
     losses = []
 
@@ -95,11 +95,11 @@ def explicit_episode(leaves, batches, query, score, seed, create_graph=True, ali
             [fake] = show([mlp(theta, seed, 0).tanh()])
             mine = [p.clone() for p in phi] if alias else phi
             loss = mtgan.loss_d(mlp(mine, real[t], 0.2)[:, 0], mlp(mine, fake, 0.2)[:, 0])
-            phi = [p - a * g for p, a, g in zip(phi, alpha[1], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
+            phi = [p - a * g for p, a, g in zip(phi, alpha[k - 1, 1], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
             judge = show(phi)
             mine = [p.clone() for p in theta] if alias else theta
             loss = mtgan.loss_g(mlp(judge, mlp(mine, seed, 0).tanh(), 0.2)[:, 0])
-            theta = [p - a * g for p, a, g in zip(theta, alpha[0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
+            theta = [p - a * g for p, a, g in zip(theta, alpha[k - 1, 0], torch.autograd.grad(loss, mine, create_graph=create_graph, retain_graph=True))]
             if k not in (half, len(batches)):
                 continue
             fake = mlp(theta, next(z), 0).tanh()
@@ -243,7 +243,7 @@ def test_memory_folds_into_weights_where_those_are_cheaper(small):
     theta, _ = mtgan.players(leaves)
     shapes = [layer.weight.shape for layer in theta]
     _, (adapted, _) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches[:1], torch.Generator().manual_seed(5))
-    *_, (folded, _) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp(), batches * 4, torch.Generator().manual_seed(5))
+    *_, (folded, _) = mtgan.adapt(*mtgan.players(leaves), leaves[-1].exp().repeat(4, 1, 1), batches * 4, torch.Generator().manual_seed(5))
     assert [layer.inputs is None for layer in adapted] == [4 * (n + k) > n * k for n, k in shapes]
     assert all(layer.inputs is None or layer.inputs.shape[1] * sum(shape) <= math.prod(shape) for layer, shape in zip(folded, shapes))
     assert any(layer.inputs is None for layer in folded) and any(layer.inputs is not None for layer in adapted)
@@ -262,7 +262,7 @@ def test_float32_meta_gradient_at_full_size():
     """The published networks in float32 against the same episode in float64."""
     rng = torch.Generator().manual_seed(0)
     leaves = mtgan.tensors(mtgan.init_network(mtgan.GENERATOR_SIZES, rng), mtgan.init_network(mtgan.DISCRIMINATOR_SIZES, rng))
-    leaves = [*leaves, torch.full((2, 4), math.log(0.1))]
+    leaves = [*leaves, torch.full((2, 2, 4), math.log(0.1))]
     support, query = torch.rand(2, 5, 784, generator=rng) * 2 - 1, torch.rand(2, 6, 784, generator=rng) * 2 - 1
     gradients = []
     noise = mtgan.noise
@@ -332,7 +332,7 @@ def test_muon_is_torchs():
     rng, shapes = torch.Generator().manual_seed(0), [(60, 20), (30, 90)]
     mine, theirs = ([(torch.ones(shape) / 9).requires_grad_() for shape in shapes] for _ in range(2))
     muon = mtgan.Muon([{"params": mine, "lr": torch.tensor(1e-3)}])
-    trusted = torch.optim.Muon(theirs, 5e-3, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+    trusted = torch.optim.Muon(theirs, 5e-3, weight_decay=0.0, momentum=0.8, adjust_lr_fn="match_rms_adamw")
     for step in range(5):
         gradients = [torch.randn(shape, generator=rng) for shape in shapes]
         for leaf, gradient in zip(theirs, gradients):
