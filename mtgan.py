@@ -1,8 +1,9 @@
 """MT-GAN: a Meta-Transfer Generative Adversarial Network, to be read from top to bottom; its linear layer is in kernels.py.
 
 A GAN trained from scratch wants many images and many steps. MT-GAN meta-trains the *initialisation* of a generator
-and a discriminator over many (source domain, target domain) pairs, so that on a new pair a few images and a few
-steps are enough.
+and a discriminator over many (source domain, target domain) pairs, most of the targets made up (`made_up_domain`), so
+that on a new pair a few images and a few steps are enough. The source domain enters by the warm start (`train`), and by
+inner steps of its own with --source-steps.
 
     python mtgan.py --source mnist --target fashion                 # meta-train, meta-test, pictures, checkpoint
     python mtgan.py --source digits --target garments --dry-run     # everything once, tiny, nothing to download
@@ -11,7 +12,7 @@ steps are enough.
 
 A *task* is to generate a target domain (a class of images) of which only a few *shots* are given, the *support*. An
 *episode* adapts G and D to some tasks by a few *inner* steps and scores them on other images of each target, the
-*query*; the *outer* step then improves what all tasks start from. The four equations (a: inner learning rates,
+*query*; the *outer* step then improves what all tasks start from. The four equations (a: inner learning rates, learned as well,
 R: real images, z: noise, theta: generator, phi: discriminator):
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
@@ -477,7 +478,7 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
 
     theta, phi: layers; rates: inner learning rates [steps, 2, 4], G's and D's, for every layer (a rate for every step: Antoniou
-    et al. 2019, arXiv 1810.09502); batches: of [T, shots, 784], at most as many, remembered once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
+    et al. 2019, arXiv 1810.09502); batches: of [T, shots, 784], not more than there are rates, remembered once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
     through all steps; without it the steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each
     player's steps see the other as a constant, so that no player lowers its loss by an initialisation that makes the *other*
     learn badly. Yields theta and phi as they are, and after every step.
@@ -655,7 +656,7 @@ def gan_step(phase, real, fakes):
     return finite, {"D": d.detach(), "G": g.detach()}
 
 def pretraining_step(phase, domains, augment):
-    """Ordinary GAN training on the union of all meta-training classes, as they are or as meta-training sees them."""
+    """Ordinary GAN training on the meta-training classes of both sides together, as they are or as made-up domains."""
     rng = phase["rng"]
     classes = domains.pairs.unique()
     tasks = 4 if augment else GAN_BATCH         # made-up: 4 domains of 16 images each; else each of a random class
@@ -758,8 +759,8 @@ def show(line, last=False):
 def train(run, domains, settings, save):
     """All training, each phase from where it stands: the warm start, then the transfer baseline and meta-training from there.
 
-    The warm start ends with a third of its steps on made-up domains, so that meta-training begins with what it will see;
-    transfer goes on with those, for as many images as meta-training sees.
+    The warm start is on the meta-training classes of both sides, its last third on domains made up from them. Transfer goes on
+    with these, for as many images as meta-training sees, whose own domains are made up from the target's classes alone.
     """
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
@@ -780,7 +781,7 @@ def train(run, domains, settings, save):
             for group in optimizer.param_groups:                # outer learning rates fall to 0 in the second half
                 group["lr"].fill_(group["initial_lr"] * min(1, 2 - 2 * phase["step"] / settings.meta_steps))
         finite, loss, *rates = one_episode(phase).tolist()
-        return finite, {"loss": loss, **{f"rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
+        return finite, {"loss": loss, **{f"mean_rate_{'GD'[i // 4]}{i % 4}": rate for i, rate in enumerate(rates)}}
 
     for i, (name, steps, step) in enumerate((("warm start", settings.warm_steps, warm_up), ("transfer", settings.meta_steps * seen // GAN_BATCH, go_on),
                                              ("meta-training", settings.meta_steps, episode))):
@@ -1121,7 +1122,7 @@ def load_run(path, device, resume):
             run["phases"] = {name: load_phase(saved, settings, device) for name, saved in run["phases"].items()}
         form = {"settings": {}, "names": [], "count": [], "title": "", "log": [], "phases": {}, "seconds": 0.0}
         if (not all(type(run[key]) is type(value) for key, value in form.items()) or settings.inner_steps < 1
-                or run["source images"].shape[1:] != (settings.shots, PIXELS)):
+                or run["source images"].shape != (settings.source_steps, settings.shots, PIXELS)):
             raise ValueError("something is missing")
         learned = [*random_start(0, device), torch.zeros(settings.source_steps + settings.inner_steps, 2, 4)]
         if "meta-training" in run["phases"] and not same_form(run["phases"]["meta-training"]["average"], learned):
@@ -1320,7 +1321,7 @@ def parse_arguments(argv):
     # deployment
     option("--adapt", metavar="RUN", help="adapt the run in this folder to --target and generate")
     option("--samples", type=number(int, 1, 999), default=64, help="how many images to generate (default: 64)")
-    option("--steps", type=number(int, 1, 10000), default=100, help="how many inner steps on the user's images (default: 100)")
+    option("--steps", type=number(int, 1, 10000), default=100, help="how many steps on the user's images, the learned ones first, then Adam's (default: 100)")
     settings = parser.parse_args(argv)
     if settings.resume and settings.overwrite:
         refuse("--resume and --overwrite exclude each other")

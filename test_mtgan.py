@@ -730,6 +730,7 @@ def test_adaptation_goes_on_with_adam(narrow):
     """Up to inner_steps the samples are those of `adapt`, from there on those of training with Adam from its weights."""
     domains, rng = numbered_domains(), torch.Generator()
     leaves = mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)["leaves"]
+    leaves[-1] = torch.linspace(0.01, 0.2, 24).log().view(3, 2, 4)         # every step has its own rates
     support = mtgan.sample_images(domains, torch.tensor([4, 5]), 5, rng.manual_seed(1))
     results = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1, 3, 5, 8], 3))
     assert list(results) == [0, 1, 3, 5, 8] and all(samples.shape == (2, 3, 784) for samples in results.values())
@@ -752,6 +753,11 @@ def test_adaptation_goes_on_with_adam(narrow):
     state = rng.get_state()
     dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1], 1))
     assert torch.equal(state, rng.get_state())              # nor did it take steps that nobody asked for
+    source = mtgan.sample_images(domains, torch.tensor([0, 1]), 5, rng.manual_seed(3))            # the first rates are for sources
+    (_, samples), = mtgan.few_shot(leaves, 2e-4, [source], support, 3, rng.manual_seed(2), [1], 2)
+    rng.manual_seed(2)
+    *_, (theta, _) = mtgan.adapt(*players, leaves[-1].exp(), [source, support], rng, second_order=False)
+    assert torch.equal(samples, mtgan.generator(theta, mtgan.noise(2, 3, rng)))
 
 
 def test_rates_are_compared_with_the_same_random_numbers(narrow):
@@ -916,7 +922,7 @@ def test_dry_run_writes_everything(finished):
     assert all(math.isfinite(r["frechet"]) and 0 <= r["recognised"] <= 1 for r in report["results"])
     assert set(report["learning_rates"]) == {"MT-GAN", "from scratch", "transfer"}
     lines = (finished / "log.csv").read_text().splitlines()
-    assert lines[0].startswith("step,loss,rate_G0") and lines[1].startswith("3,") and lines[1].endswith("digits and garments")
+    assert lines[0].startswith("step,loss,mean_rate_G0") and lines[1].startswith("3,") and lines[1].endswith("digits and garments")
     for name in ("adaptation.png", "samples.png"):
         pixels = np.asarray(Image.open(finished / name))
         assert min(pixels.shape) >= 100 and pixels.std() > 20
@@ -1090,7 +1096,7 @@ def test_a_checkpoint_that_is_none(finished, tmp_path, capsys, monkeypatch):
 
     meta = ("phases", "meta-training")
     everywhere = [b"", b"nonsense", good[:len(good) // 2], bytes(flipped), pickle.dumps(Trap(), 2), {"settings": Trap()}, {"weights": torch.zeros(3)},
-                  altered("phases", value=3), altered("source images", value=torch.zeros(3)), altered("classifier", value={}),
+                  altered("phases", value=3), altered("source images", value=torch.zeros(3)), altered("source images", value=torch.zeros(2, 10, 784)), altered("classifier", value={}),
                   altered(*meta, "average", value=[]), altered(*meta, "average", 2, value=torch.full((512, 256), math.nan))]
     on_resume = [altered(*meta, "leaves", value=[torch.zeros(2)] * 17), altered(*meta, "step", value="abc"), altered(*meta, "rng", value=torch.zeros(9)),
                  *(altered(*meta, "optimizers", i, "state", 0, name, value=torch.zeros(2)) for i, name in ((0, "momentum"), (1, "exp_avg")))]
