@@ -477,11 +477,12 @@ def energy_distance(x, y):
 def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     """One adversarial inner step of D and of G, equation (2), on every batch of real images.
 
-    theta, phi: layers; rates: inner learning rates [steps, 2, 4], G's and D's, for every layer (a rate for every step: Antoniou
-    et al. 2019, arXiv 1810.09502); batches: of [T, shots, 784], not more than there are rates, remembered once as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
-    through all steps; without it the steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths: each
-    player's steps see the other as a constant, so that no player lowers its loss by an initialisation that makes the *other*
-    learn badly. Yields theta and phi as they are, and after every step.
+    theta, phi: layers; rates: inner learning rates [steps, 2, 4], G's and D's, for every layer (a rate for every step:
+    Antoniou et al. 2019, arXiv 1810.09502); batches: of [T, shots, 784], not more than there are rates, remembered once
+    as long as it is the same tensor. second_order: keep the graph, so that a loss of the result can be differentiated
+    through all steps; without it the steps' gradients are constants, first-order MAML (`meta_gradient`). own_paths:
+    each player's steps see the other as a constant, so that no player lowers its loss by an initialisation that makes
+    the *other* learn badly. Yields theta and phi as they are, and after every step.
     """
     yield theta, phi
     real = None
@@ -667,7 +668,8 @@ def pretraining_step(phase, domains, augment):
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
 
-    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the rates' means over the steps  # [1 + 1 + 8]
+    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the means of the rates over
+    the steps  # [1 + 1 + 8]
     """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
