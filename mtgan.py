@@ -274,13 +274,21 @@ def new_domain(images, other, rng):
     gamma = torch.where(bend < 0.3, torch.exp(1.5 * contrast - 0.75), 1)
     return images.pow(per_task(gamma)).view(tasks, n, PIXELS) * 2 - 1
 
-def drawn_domain(tasks, n, rng):
+def thin(images):
+    """Whether images are strokes and not areas: at most 5 % of their light is left by two pixels' erosion  # [..., 784] -> [...]"""
+    light = (images.reshape(-1, 1, 28, 28) + 1) / 2
+    left = -F.max_pool2d(-light, 5, 1, padding=2)               # every pixel as dark as the darkest within two of it
+    return (left.sum((1, 2, 3)) < 0.05 * light.sum((1, 2, 3))).view(images.shape[:-1])
+
+def drawn_domain(pen, n, rng):
     """Images of something without a name: one design for all of a task's, carried out a little differently in each  # [T, n, 784]
 
-    A design is up to SHAPES soft-edged superellipses, from diamonds to boxes, painted one over the other; half of the designs are
+    A design is up to SHAPES soft-edged superellipses, from diamonds to boxes, painted one over the other, as garments might be, or,
+    where the task's `pen` [T] is true, arcs of their outlines, drawn with one pen, as characters are; half of the designs are
     symmetric. Real classes are few, and can be recognised; a design never returns, and has to be learned from the support.
     """
     # rand(1, …) is one number for a task, rand(n, …) one for each of its images
+    tasks, pen = len(pen), pen.view(-1, 1, 1, 1, 1)
     rand = lambda *shape: torch.rand(tasks, *shape, generator=rng, device=rng.device)
     randn = lambda *shape: torch.randn(tasks, *shape, generator=rng, device=rng.device)
     first = torch.arange(SHAPES, device=rng.device).view(SHAPES, 1, 1) == 0
@@ -294,14 +302,20 @@ def drawn_domain(tasks, n, rng):
     x, y = numbers(-0.6, 0.6, spread, 0.3), numbers(-0.7, 0.7, spread, 0.3)             # the first shape is large and in the middle
     width, height = (numbers(-2.5, -0.1, 1.5 * spread, 0.35).exp() for _ in range(2))
     angle, power = numbers(-1.1, 1.1, spread) ** 3, numbers(1.2, 6.0, 0.0)              # cubed: most stand nearly upright
-    light = numbers(-0.3, 1.0, shade).clamp(0, 1)                                       # what is dark makes a hole
+    light = torch.where(pen, 1, numbers(-0.3, 1.0, shade).clamp(0, 1))                  # what is dark makes a hole
+    stroke = ((0.04 + 0.07 * rand(1, 1, 1, 1)) * (1 + shade * randn(n, 1, 1, 1))).clamp(min=0.03)      # half the pen's width
+    middle, opening = numbers(-math.pi, math.pi, 2 * spread), numbers(-2.0, 0.7, 2 * spread)            # of an arc; below -1 it is closed
     there = first | (rand(n, SHAPES, 1, 1) < 4 * rand(1, SHAPES, 1, 1) - 1)             # in all, some or none of a task's images
     line = torch.linspace(-1, 1, 28, device=rng.device)
     down, across = line.view(28, 1), torch.where(rand(1, 1, 1, 1) < 0.5, line.abs(), line)
     right, below = across - x, down - y
     u, v = (angle.cos() * right + angle.sin() * below) / width, (angle.cos() * below - angle.sin() * right) / height
     radius = (u.abs() ** power + v.abs() ** power) ** (1 / power)                       # [T, n, SHAPES, 28, 28], 1 on the outline
-    cover = there * ((1 - radius) * torch.minimum(width, height) / 0.03).sigmoid()      # about the distance to it, over its softness
+    slope = torch.hypot((u.abs() / radius) ** (power - 1) / width, (v.abs() / radius) ** (power - 1) / height)     # |d radius / d (x, y)|
+    inside = (1 - radius) / slope                                                       # about the distance to the outline
+    along = (u * middle.cos() + v * middle.sin()) / torch.hypot(u, v)                   # the cosine of the angle from an arc's middle
+    inside = torch.where(pen, torch.minimum(stroke - inside.abs(), 0.3 * (along - opening)), inside)
+    cover = there * (inside / 0.03).sigmoid()                                           # soft edges
     canvas = cover[:, :, 0] * light[:, :, 0].clamp(min=0.3)                             # the first is never a hole
     for shape in range(1, SHAPES):
         canvas = canvas + cover[:, :, shape] * (light[:, :, shape] - canvas)
@@ -312,9 +326,10 @@ def drawn_domain(tasks, n, rng):
     return (canvas * relief.clamp(min=0.15)).clamp(0, 1).view(tasks, n, PIXELS) * 2 - 1
 
 def made_up_domain(images, other, rng):
-    """For every task of [T, n, 784] a new domain: made of its own images or, in DRAWN of the tasks, of drawn ones."""
+    """For every task of [T, n, 784] a new domain: made of its own images or, in DRAWN of the tasks, of drawn ones, with a pen
+    where the first of its own is a drawing."""
     drawn = torch.rand(len(images), 1, 1, generator=rng, device=rng.device) < DRAWN
-    return new_domain(torch.where(drawn, drawn_domain(*images.shape[:2], rng), images), other, rng)
+    return new_domain(torch.where(drawn, drawn_domain(thin(images[:, 0]), images.shape[1], rng), images), other, rng)
 
 def sample_episode(domains, pairs, shots, queries, source_steps, rng, change=None):
     """The images of T tasks, given as (source class, target class) pairs [T, 2]; `change`: what becomes of the targets,

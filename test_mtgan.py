@@ -658,10 +658,10 @@ def test_a_new_domain_is_one_change_for_all_its_images():
 
 
 def test_a_drawn_domain_is_one_design_a_task():
-    rng = torch.Generator().manual_seed(0)
-    images = mtgan.drawn_domain(40, 12, rng)
+    rng, pen = torch.Generator().manual_seed(0), torch.arange(40) % 2 == 0
+    images = mtgan.drawn_domain(pen, 12, rng)
     assert images.shape == (40, 12, 784) and images.isfinite().all() and images.min() >= -1 and images.max() <= 1
-    assert torch.equal(images, mtgan.drawn_domain(40, 12, rng.manual_seed(0)))
+    assert torch.equal(images, mtgan.drawn_domain(pen, 12, rng.manual_seed(0)))
     assert (images.amax(-1) > -0.6).double().mean() > 0.95                  # hardly an image is empty
     distance = torch.cdist(images.flatten(0, 1), images.flatten(0, 1)).view(40, 12, 40, 12)
     same = distance.diagonal(dim1=0, dim2=2)                                # [12, 12, 40]
@@ -672,8 +672,41 @@ def test_a_drawn_domain_is_one_design_a_task():
     assert 8 < symmetric.sum() < 32
 
 
+def test_what_a_pen_draws_is_thin(monkeypatch):
+    rng, pen = torch.Generator().manual_seed(0), torch.arange(80) % 2 == 0
+    share = mtgan.thin(mtgan.drawn_domain(pen, 12, rng)).double().mean(1)
+    assert share[pen].mean() > 0.25 and share[~pen].mean() < 0.1
+    monkeypatch.setattr(mtgan, "SHAPES", 1)
+    dark = mtgan.drawn_domain(pen, 12, rng).view(-1, 1, 28, 28) < 0
+    outside = dark.clone()
+    outside[..., 1:-1, 1:-1] = False
+    for _ in range(60):                                                     # floods what is dark from the border
+        outside = dark & (F.max_pool2d(outside.float(), 3, 1, 1) > 0)
+    holes = (dark & ~outside).flatten(1).any(1).view(80, 12).double().mean(1)
+    assert 0.1 < holes[pen].mean() < 0.7 and holes[~pen].mean() < 0.05      # outlines are closed, or only arcs of them
+
+
+def test_strokes_are_told_from_areas():
+    images = torch.full((3, 28, 28), -1.0)
+    images[0, 5:9, 3:25], images[1, 5:15, 3:25] = 1, 1                      # 4 and 10 pixels wide; and nothing at all
+    assert mtgan.thin(images.view(3, 784)).tolist() == [True, False, False]
+    assert mtgan.thin(images.view(3, 1, 784)).shape == (3, 1)
+    assert mtgan.thin(1 + 0 * images[:1].view(1, 784)).tolist() == [False]   # up to the border
+    share = lambda name: mtgan.thin(torch.from_numpy(np.concatenate(list(mtgan.draw_built_in(name, 20).values()))) / 127.5 - 1).double().mean()
+    assert share("digits") > 0.7 and share("garments") < 0.3
+
+
+def test_domains_are_drawn_as_the_classes_are_that_they_replace(monkeypatch):
+    asked = []
+    monkeypatch.setattr(mtgan, "drawn_domain", lambda pen, n, rng: asked.append(pen) or torch.zeros(len(pen), n, 784))
+    images = torch.full((3, 2, 28, 28), -1.0)
+    images[0, 0, 5:9, 3:25], images[1, 0, 5:15, 3:25], images[2, 1, 5:9, 3:25] = 1, 1, 1
+    mtgan.made_up_domain(images.view(3, 2, 784), images.view(3, 2, 784), torch.Generator().manual_seed(0))
+    assert asked[0].tolist() == [True, False, False]
+
+
 def test_a_share_of_the_made_up_domains_is_drawn(monkeypatch):
-    drawn = lambda tasks, n, rng: torch.full((tasks, n, 784), 0.5)
+    drawn = lambda pen, n, rng: torch.full((len(pen), n, 784), 0.5)
     monkeypatch.setattr(mtgan, "drawn_domain", drawn)
     monkeypatch.setattr(mtgan, "new_domain", lambda images, other, rng: images + other)
     made = mtgan.made_up_domain(torch.zeros(2000, 2, 784), torch.ones(2000, 2, 784), torch.Generator().manual_seed(0))
