@@ -275,7 +275,7 @@ def new_domain(images, other, rng):
     return images.pow(per_task(gamma)).view(tasks, n, PIXELS) * 2 - 1
 
 def thin(images):
-    """Whether images are strokes and not areas: at most 5 % of their light is left by two pixels' erosion  # [..., 784] -> [...]"""
+    """Whether images are strokes and not areas: erosion by two pixels leaves less than 5 % of their light  # [..., 784] -> [...]"""
     light = (images.reshape(-1, 1, 28, 28) + 1) / 2
     left = -F.max_pool2d(-light, 5, 1, padding=2)               # every pixel as dark as the darkest within two of it
     return (left.sum((1, 2, 3)) < 0.05 * light.sum((1, 2, 3))).view(images.shape[:-1])
