@@ -2,8 +2,8 @@
 
 A GAN trained from scratch wants many images and many steps. MT-GAN meta-trains the *initialisation* of a generator
 and a discriminator over many (source domain, target domain) pairs, most of the targets made up (`made_up_domain`), so
-that on a new pair a few images and a few steps are enough. The source domain enters by the warm start (`train`), and by
-inner steps of its own with --source-steps.
+that on a new pair a few images and a few steps are enough. The source domain enters by the warm start and the features that
+score (`train`), and by inner steps of its own with --source-steps.
 
     python mtgan.py --source mnist --target fashion                 # meta-train, meta-test, pictures, checkpoint
     python mtgan.py --source digits --target garments --dry-run     # everything once, tiny, nothing to download
@@ -16,8 +16,8 @@ A *task* is to generate a target domain (a class of images) of which only a few 
 R: real images, z: noise, theta: generator, phi: discriminator):
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
-    (2) inner step      phi'   = phi   - a_phi   dL_D/dphi    at phi;   R, G(theta, z)
-                        theta' = theta - a_theta dL_G/dtheta  at theta; phi', the same z
+    (2) inner step      phi'   = phi   - a_phi   dL_D/dphi        of R and G(theta, z), theta held constant
+                        theta' = theta - a_theta dL_G/dtheta      of G(theta, z), the same z, against a constant D(phi')
     (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on the gradient of the distances from G(theta_k)
                         to the query images, after half of the steps on the support and at their end, through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
@@ -58,6 +58,7 @@ TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
 GO_ON_RATE = 1e-4           # Adam's learning rate where a deployed adaptation goes on after the learned steps
 GAN_RATES = (2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)        # the grid from which it is chosen in meta-testing
+MAY_DIFFER = {"out", "resume", "overwrite", "data_dir", "kernel", "save_seconds", "test_seeds", "samples", "steps"}     # in one experiment
 ARTEFACTS = ("checkpoint.pt", "log.csv", "report.json", "adaptation.png", "samples.png")
 KERNEL = "auto"             # backend of `fused_linear`, set by --kernel
 INTERRUPTED = []            # not empty once Ctrl-C was pressed
@@ -139,7 +140,7 @@ def load_folder(folder):
     for group, path in files:
         try:
             classes.setdefault(group, []).append(read_image(path))
-        except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError):
+        except Exception:                       # Pillow's decoders raise whatever a damaged file makes them raise
             skipped += 1
     classes = {group: np.stack(images) for group, images in classes.items() if images}
     if skipped:
@@ -153,8 +154,11 @@ def read_image(path):
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":               # 16 and 32 bits a pixel: the range in use becomes 0 to 255
-            values = np.nan_to_num(np.asarray(image, float))
-            image = Image.fromarray(np.uint8(255 * (values - values.min()) / max(np.ptp(values), 1e-9)))
+            values = np.asarray(image, float)
+            low, high = (limit(values[np.isfinite(values)]) for limit in (np.min, np.max))
+            image = Image.fromarray(np.uint8(255 * np.nan_to_num((values.clip(low, high) - low) / max(high - low, 1e-9))))
+        if 56 * min(image.size) < max(image.size):
+            raise ValueError("too thin to shrink")
         grey, alpha = (np.asarray(band, float) for band in image.convert("RGBA").convert("LA").split())
     behind = 255 * ((grey * alpha).sum() < 127.5 * alpha.sum())      # what is drawn must stand out where it is transparent
     grey = grey * alpha / 255 + behind * (1 - alpha / 255)
@@ -224,7 +228,8 @@ def load_domains(source_specs, target_specs, shots, data_dir, device):
                 raise UserError(f"--shots {shots}, but '{title} {label}' has {len(content)} image(s), and 4 more than the shots are "
                                 "needed; take fewer shots or leave the class out, as in mnist:0-6,9")
             name = known.setdefault(hash(content.tobytes()), f"{title} {label}")        # the same images are one class
-            images[name] = content
+            if not np.array_equal(images.setdefault(name, content), content):
+                raise UserError(f"'{name}' would be the name of two different classes; rename the folder {title}")
             specs.setdefault(spec, []).append(name)
         titles += [title]
     names = list(images)
@@ -255,7 +260,7 @@ def sample_pairs(domains, n, rng):
 def new_domain(images, other, rng):
     """Make a new domain of an old one: the same random changes, or none, for all images of a task  # [T, n, 784] -> the same
 
-    Quarter turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
+    Turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few classes are
     learned by heart, where many variations of them teach to adapt.
     """
     tasks, n, _ = images.shape
@@ -352,7 +357,7 @@ class Layer(NamedTuple):
     """A linear layer and what it remembers of its inner steps, equation (4): W' = W + deltasᵀ inputs, b' = b + Σ deltas."""
     weight: torch.Tensor            # [N, K], shared by all tasks, or [T, N, K]
     bias: torch.Tensor              # [N] or [T, N]
-    inputs: torch.Tensor = None     # X [T, r, K]: r rows, one for each image of each step since the last fold
+    inputs: torch.Tensor = None     # X [T, r, K]: r rows, one for each image of each step since the last fold (see `remember`)
     deltas: torch.Tensor = None     # Δ [T, r, N]
 
 def init_network(sizes, rng):
@@ -368,7 +373,7 @@ def linear(layer, x, slope=1.0):
 def network(layers, x, slope, seen=None, first_out=None, dropout=0.0, rng=None):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
 
-    The list `seen` gets every layer's input; `first_out` is what the first layer makes of x, where that is known already.
+    The list `seen` gets every layer's input; `first_out`: the first layer's pre-activations of x, where they are known already.
     """
     for i, layer in enumerate(layers):
         if seen is not None:
@@ -500,9 +505,9 @@ def adapt(theta, phi, rates, batches, rng, second_order=True, own_paths=False):
     the *other* learn badly. Yields theta and phi as they are, and after every step.
     """
     yield theta, phi
-    real = None
-    for step, batch in enumerate(batches):
-        (rates_g, rates_d), known, real, shots = rates[step], batch is real, batch, batch.shape[1]
+    for step, real in enumerate(batches):
+        (rates_g, rates_d), shots = rates[step], real.shape[1]
+        known = step > 0 and real is batches[step - 1]                      # then first_out is the last step's, moved by it
         with torch.set_grad_enabled(second_order):
             seen = []
             fake = generator(theta, noise(len(real), FAKES, rng), seen)
@@ -535,7 +540,7 @@ def discriminator_gradients(phi, images, first_out, shots):
 
 def generator_gradients(theta, phi, fake, first_out, seen):
     """Those of loss_g with respect to G's pre-activations, back through D, tanh and G: `fake` is what theta made, `seen` what
-    its layers have seen on the way, `first_out` what D's first layer makes of it, if known."""
+    its layers have seen on the way, `first_out` D's first pre-activations of it, if known."""
     seen_by_d = []
     g = -(-discriminator(phi, fake, seen_by_d, first_out)).sigmoid() / FAKES
     g = input_gradient(phi[0], backpropagate(phi, seen_by_d, g.unsqueeze(-1), 0.2)[0])
@@ -606,7 +611,7 @@ class Muon(torch.optim.Optimizer):
     entries are the learning rate, as Adam's are about; less where the average has few strong directions.
 
     torch.optim.Muon needs the learning rate on the host and cannot leave out a step that is not finite without asking the device,
-    which a CUDA graph must not (`update`); and it computes in bfloat16, slowly where a processor has no units for it.
+    which a CUDA graph must not (`update`, which sets `found_inf`); and it computes in bfloat16, slowly where a processor has no units for it.
     """
 
     def __init__(self, groups, momentum=0.8):
@@ -683,8 +688,8 @@ def pretraining_step(phase, domains, augment):
 def meta_step(phase, domains, settings, views, gradient=None):
     """One episode, equation (3): sample pairs, adapt, update the initialisation, the rates and their moving average.
 
-    Nothing in it waits for the device. Returns, on the device: whether all was finite, the loss, the means of the rates over
-    the steps  # [1 + 1 + 8]
+    Nothing in it waits for the device. gradient: what takes the place of `meta_gradient`, if anything. Returns, on the device:
+    whether all was finite, the loss, the means of the rates over the steps  # [1 + 1 + 8]
     """
     leaves, rng = phase["leaves"], phase["rng"]
     pairs = sample_pairs(domains, settings.meta_batch, rng)
@@ -777,7 +782,11 @@ def train(run, domains, settings, save):
     """All training, each phase from where it stands: the warm start, then the transfer baseline and meta-training from there.
 
     The warm start is on the meta-training classes of both sides, its last third on domains made up from them. Transfer goes on
-    with these, for as many images as meta-training sees, whose own domains are made up from the target's classes alone.
+    with these, for as many images as meta-training sees. Meta-training's own made-up domains replace the target's classes alone.
+
+    run, all that a checkpoint holds: the "settings"; "names", "count" and "title" of the `Domains`; the "log", a dict for every
+    tenth episode; the "phases" begun, by name (`new_phase`); the "seconds" it took; "source images" for deployment; and the
+    weights of two classifiers, "features" for the score and "classifier" for the judge, with its "accuracy".
     """
     device, seen = domains.images.device, settings.meta_batch * (settings.shots * (settings.source_steps + 1) + settings.queries)
     warm_up = lambda phase: pretraining_step(phase, domains, augment=phase["step"] >= settings.warm_steps * 2 // 3)
@@ -1009,17 +1018,23 @@ def print_tables(results, test_steps):
 
 def pooled_tables(folders):
     """Print the tables of several finished runs, of different --seed, as one."""
-    results, titles = [], set()
+    results, titles, kinds = [], set(), {}
     for folder in dict.fromkeys(map(os.path.realpath, folders)):
         try:
             report = json.loads((Path(folder) / "report.json").read_text())
-            results += [{key: math.inf if value is None and key != "steps" else value for key, value in result.items()} for result in report["results"]]
+            results += [{"method": result["method"], "steps": result["steps"], **{metric: math.inf if result[metric] is None else float(result[metric])
+                         for metric in ("frechet", "recognised", "nearest")}} for result in report["results"]]
+            for key in report["settings"].keys() - MAY_DIFFER - {"seed", "device"}:
+                kinds.setdefault(key, set()).add(str(report["settings"][key]))
             targets = ", ".join(sorted({target for _, target in report["held_out_pairs"]}))
             titles.add(f"{report['domains']}, {report['settings']['shots']} shots, held out {targets}; steps {report['settings']['test_steps']}")
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise UserError(f"there is no readable report.json in {folder}; name folders of finished runs") from error
     if len(titles) > 1:
         raise UserError(f"these runs were tested differently: {' / '.join(titles)}")
+    for key, values in kinds.items():
+        if len(values) > 1:
+            raise UserError(f"these runs differ in {key} ({', '.join(sorted(values))}), and are no repetitions of each other")
     print(f"{titles.pop()}; mean ± half the 95 % interval of n = {sum(r['method'] == 'MT-GAN' and r['steps'] == 0 for r in results)}")
     print_tables(results, report["settings"]["test_steps"])
 
@@ -1124,7 +1139,8 @@ def load_phase(saved, settings, device):
     return {**saved, **{key: phase[key] for key in ("leaves", "optimizers", "rng")}}
 
 def load_run(path, device, resume):
-    """The run in a checkpoint, to `resume` with its phases ready to go on, or to deploy with the average alone checked.
+    """The run in a checkpoint, to `resume` with its phases ready to go on, or to deploy, with the average as all that is
+    checked of them.
 
     Raises UserError for anything that is not one.
     """
@@ -1151,7 +1167,7 @@ def load_run(path, device, resume):
     return run
 
 def deploy(settings, device):
-    """Adapt a trained initialisation to K images of a user's domain; write samples.png and every sample as a PNG."""
+    """Adapt a trained initialisation to --shots images of a user's domain; write samples.png and every sample as a PNG."""
     folder, spec = Path(settings.adapt), settings.target[0]
     folder, path = (folder, folder / "checkpoint.pt") if folder.is_dir() else (folder.parent, folder)
     run = load_run(path, device, resume=False)
@@ -1182,7 +1198,7 @@ def deploy(settings, device):
 
 def slug(text):
     """A spec as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.") or "domain"
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text)[-60:].strip("-.") or "domain"
 
 # 8  Measurement: --benchmark -------------------------------------------------------------------------------------------
 
@@ -1363,8 +1379,7 @@ def prepare_run(settings, device):
     settings.queries = min([QUERIES, *(int(domains.count[c]) - settings.shots for c in domains.roles["train"][1])])
     images = {"names": domains.names, "count": domains.count.tolist(), "title": domains.title}
     if run:
-        may_change = {"out", "resume", "overwrite", "data_dir", "kernel", "save_seconds", "test_seeds", "samples", "steps"}
-        for key in vars(settings).keys() - may_change:
+        for key in vars(settings).keys() - MAY_DIFFER:
             if run["settings"].get(key) != getattr(settings, key):
                 raise UserError(f"{out} was begun with {key} = {run['settings'].get(key)}, not {getattr(settings, key)}; --resume takes the same settings")
         if any(run[key] != value for key, value in images.items()):
@@ -1400,14 +1415,14 @@ def whole_story(settings, device):
     classifier = new_classifier(len(domains.names)).to(device)
     classifier.load_state_dict(run["classifier"])
     pairs, results, film, chosen = meta_test(run, domains, settings, classifier)
-    print(f"\n{domains.title}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
-    print_tables(results, settings.test_steps)
     run["seconds"] = time.perf_counter() - began
     report = {"settings": vars(settings), "domains": domains.title, "held_out_pairs": [[domains.names[c] for c in pair] for pair in pairs.tolist()],
               "classifier_accuracy": run["accuracy"], "learning_rates": chosen, "seconds": run["seconds"],
               "results": [{key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in result.items()} for result in results]}
     write_whole(out / "report.json", json.dumps(report, indent=1).encode())
     draw_results(pairs, film, domains.names, settings.test_steps, out)
+    print(f"\n{domains.title}: {len(pairs)} held-out pairs × {settings.test_seeds} supports of {settings.shots} images; mean ± half the 95 % interval")
+    print_tables(results, settings.test_steps)
     print(f"\n{out}: {', '.join(ARTEFACTS)}, in {run['seconds']:.0f} s")
 
 def main(argv=None):
@@ -1428,7 +1443,7 @@ def main(argv=None):
             allow_onednn([sizes[i:i + 2] for sizes in (GENERATOR_SIZES, DISCRIMINATOR_SIZES) for i in range(4)])
         show(f"on {device}, linear layers by {choose(device) if KERNEL == 'auto' else KERNEL}", last=True)
         (deploy if settings.adapt else benchmark if settings.benchmark else whole_story)(settings, device)
-    except UserError as error:
+    except (UserError, OSError) as error:       # of the system's own errors, those left are of paths that must not be looked into
         print(f"mtgan.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -1443,7 +1458,7 @@ def pick_device(name):
         device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device.index or 0)        # streams and graphs are the current GPU's
-        torch.rand(1, generator=torch.Generator(device), device=device).item()
+        torch.rand(1, generator=torch.Generator(device), device=device).double().item()
     except Exception as error:
         raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
     return device

@@ -16,10 +16,12 @@ import json
 import math
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import time
 import types
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -908,14 +910,35 @@ def test_image_folders(tmp_path):
     assert list(mtgan.load_dataset(f"{tmp_path}:1", "")[1]) == ["b"]
     for odd, size in enumerate([(1, 1), (1, 30000), (300, 200)]):
         Image.new("CMYK", size).save(tmp_path / f"odd{odd}.tif")
-    assert len(mtgan.load_dataset(str(tmp_path), "")[1]["(loose)"]) in (3, 4)     # too thin to shrink: skipped
+    assert len(mtgan.load_dataset(str(tmp_path), "")[1]["(loose)"]) == 3          # too thin to shrink: skipped
+    values = stroke.astype(np.float32) / 100 - 1
+    values[0, 0], values[0, 1], values[20, 10] = -math.inf, math.nan, math.inf         # as dark and as bright as the others
+    Image.fromarray(values).save(tmp_path / "float.tif")
+    assert np.array_equal(mtgan.read_image(tmp_path / "float.tif"), mtgan.read_image(tmp_path / "a" / "dark.png"))
 
 
 def test_skipped_images_are_counted(tmp_path, capsys):
     Image.new("L", (9, 9)).save(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"nothing")
+    chunk = b"eXIfMM\0*"                          # too short for what it begins, which is none of Pillow's own errors
+    good = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(good[:33] + b"\0\0\0\4" + chunk + zlib.crc32(chunk).to_bytes(4, "big") + good[33:])
+    with pytest.raises(struct.error):
+        mtgan.read_image(tmp_path / "short.png")
     assert len(mtgan.load_dataset(str(tmp_path), "")[1]["(loose)"]) == 1
-    assert "skipped 1 unreadable image" in capsys.readouterr().err
+    assert "skipped 2 unreadable image" in capsys.readouterr().err
+
+
+def test_two_classes_of_one_name(tmp_path, monkeypatch):
+    """A folder may be called like a built-in, as long as its classes are not."""
+    monkeypatch.chdir(tmp_path)
+    for label in "0abc":
+        (tmp_path / "digits" / label).mkdir(parents=True)
+        for i in range(9):
+            Image.fromarray(np.random.default_rng(ord(label) + i).integers(0, 99, (28, 28), np.uint8)).save(tmp_path / "digits" / label / f"{i}.png")
+    with pytest.raises(mtgan.UserError, match="'digits 0' would be the name of two different classes"):
+        mtgan.load_domains(["digits"], ["./digits"], 5, "", torch.device("cpu"))
+    assert len(mtgan.load_domains(["digits:1-9"], ["./digits"], 5, "", torch.device("cpu")).names) == 13
 
 
 def test_without_network_the_stand_in_says_so(tmp_path, monkeypatch, capsys):
@@ -983,8 +1006,19 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     report["settings"]["test_steps"] = [0, 7]
     (other / "report.json").write_text(json.dumps(report))
     assert "tested differently" in refused(capsys, "--tables", finished, other)
-    (other / "report.json").write_text("[1, 2")
-    assert "no readable report.json" in refused(capsys, "--tables", other)
+    report["settings"] = {**json.loads((finished / "report.json").read_text())["settings"], "seed": 9, "algorithm": "reptile"}
+    (other / "report.json").write_text(json.dumps(report))
+    assert "differ in algorithm (maml, reptile)" in refused(capsys, "--tables", finished, other)
+    for damaged in ("[1, 2", json.dumps({**report, "results": [3]}), json.dumps({**report, "results": [{"method": "MT-GAN", "steps": 0}]})):
+        (other / "report.json").write_text(damaged)
+        assert "no readable report.json" in refused(capsys, "--tables", other)
+
+
+def test_a_report_is_written_before_it_is_printed(finished, tmp_path, capsys, monkeypatch):
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+    monkeypatch.setattr(mtgan, "print_tables", lambda *_: os.write(os.open(os.devnull, os.O_RDONLY), b"a closed pipe"))
+    assert "Bad file descriptor" in refused(capsys, *TINY, "--out", tmp_path, "--resume")
+    assert json.loads((tmp_path / "report.json").read_text())["results"] and (tmp_path / "samples.png").exists()
 
 
 def test_a_seed_determines_everything(finished, tmp_path):
@@ -1072,6 +1106,8 @@ def refused(capsys, *arguments):
     (["--shots", "9999"], "--shots"),
     (["--adapt", "nowhere", "--target", "digits"], "there is no checkpoint at nowhere"),
     (["--adapt", "x", "--target", "digits", "garments"], "one --target"),
+    (["--out", "x" * 300], "File name too long"),
+    (["--adapt", "x" * 300], "File name too long"),
 ])
 def test_bad_settings_are_one_line(arguments, message, tmp_path, capsys):
     assert message in refused(capsys, *TINY, "--out", tmp_path / "out", *arguments)
