@@ -385,8 +385,9 @@ def keep_memory():
     which fills each with zeros, page by page, when it is wanted again."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)        # other C libraries have none
-        mallopt(-3, 2**30) or mallopt(-3, 2**25)     # M_MMAP_THRESHOLD: smaller blocks come from the heap (the most before glibc 2.35),
-        mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: which does not shrink
+        # M_MMAP_THRESHOLD: smaller blocks come from the heap; before 2.35, glibc refuses more than 2**25
+        mallopt(-3, 2**30) or mallopt(-3, 2**25)
+        mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def release_memory():

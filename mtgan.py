@@ -1024,7 +1024,7 @@ def pooled_tables(folders):
             report = json.loads((Path(folder) / "report.json").read_text())
             results += [{"method": result["method"], "steps": result["steps"], **{metric: math.inf if result[metric] is None else float(result[metric])
                          for metric in ("frechet", "recognised", "nearest")}} for result in report["results"]]
-            for key in report["settings"].keys() - MAY_DIFFER - {"seed", "device"}:
+            for key in set(report["settings"]) - MAY_DIFFER - {"seed", "device"}:
                 kinds.setdefault(key, set()).add(str(report["settings"][key]))
             targets = ", ".join(sorted({target for _, target in report["held_out_pairs"]}))
             titles.add(f"{report['domains']}, {report['settings']['shots']} shots, held out {targets}; steps {report['settings']['test_steps']}")
