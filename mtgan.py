@@ -19,8 +19,7 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi        of R and G(theta, z), theta held constant
                         theta' = theta - a_theta dL_G/dtheta      of G(theta, z), the same z, against a constant D(phi')
     (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on the gradient of the distances from G(theta_k)
-                        to the query images, after half of the steps on the support and at their end, through all inner steps;
-                        with (theta_0 - mean theta_k, phi_0 - mean phi_k) added to it, each of the two of length one
+                        to the query images, after half of the steps on the support and at their end, through all inner steps
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -1283,7 +1282,7 @@ def benchmark(settings, device):
             precision.fp32_precision = fast
         return step
 
-    steps = {"MT-GAN": a_step(), "second order alone": a_step(algorithm="maml"), "plain loop over the tasks": a_step(explicit_gradient, "none"), "first order": a_step(algorithm="fomaml")}
+    steps = {"MT-GAN": a_step(), "plain loop over the tasks": a_step(explicit_gradient, "none"), "first order": a_step(algorithm="fomaml")}
     if fast != "none":
         steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
     optimizing = new_phase(start, 0, settings)
@@ -1353,7 +1352,7 @@ def parse_arguments(argv):
     option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those (default: 0)")
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
-    option("--algorithm", choices=("both", "maml", "fomaml", "reptile"), default="both", help="the meta-learner, or both maml and reptile (default: both)")
+    option("--algorithm", choices=("maml", "fomaml", "reptile", "both"), default="maml", help="the meta-learner; both: maml and reptile (default: maml)")
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")
