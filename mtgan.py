@@ -18,8 +18,9 @@ R: real images, z: noise, theta: generator, phi: discriminator):
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi        of R and G(theta, z), theta held constant
                         theta' = theta - a_theta dL_G/dtheta      of G(theta, z), the same z, against a constant D(phi')
-    (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on the gradient of the distances from G(theta_k)
-                        to the query images, after half of the steps on the support and at their end, through all inner steps
+    (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on g/|g| + r/|r|:
+                        g: the gradient of the distances from G(theta_k) to the query images, after half of the steps on
+                        the support and at their end, through all inner steps; r: theta_0 - theta_k and phi_0 - phi_k, the way back
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
@@ -51,7 +52,7 @@ SHAPES = 5                  # at most so many shapes make up a drawn domain
 FEATURE_WEIGHT = 3.0        # of distances between features in the outer loss, next to those between pixels and edges
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
-AVERAGE = 0.98              # decay of the moving average of everything meta-learned
+AVERAGE = 0.98              # decay of the moving averages: of everything meta-learned, and of G in ordinary fine-tuning
 CLIP = 1.0                  # largest norm of an outer gradient: no episode weighs too much in the optimisers' moving averages
 PATIENCE = 20               # this many non-finite updates in a row stop the run
 TEST_STEPS = (0, 1, 2, 5, 10, 20, 50, 100, 200)
@@ -828,17 +829,17 @@ def train(run, domains, settings, save):
 # 6  Meta-testing: few-shot adaptation on pairs that no training has seen, and what else could have been done -----------
 
 def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
-    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, n samples [T, n, 784]) for the
-    test_steps, which ascend.
+    """Adapt our initialisation to T tasks at once; yields (steps on the support so far, a list of n samples [T, n, 784])
+    for the test_steps, which ascend.
 
-    The inner steps that were learned come first; where more are asked for than were learned, ordinary training goes on,
-    with Adam at the learning rate lr.
+    The inner steps that were learned come first; where more are asked for than were learned, `fine_tune` goes on, with
+    Adam at the learning rate lr, and the list has two entries.
     """
     leaves = [t.detach() for t in leaves]
     batches = [*sources, *[support] * min(inner_steps, test_steps[-1])]         # steps on the sources count from below 0
     for steps, (theta, phi) in enumerate(adapt(*players(leaves), leaves[-1].exp(), batches, rng, second_order=False), -len(sources)):
         if steps in test_steps:
-            yield steps, generator(theta, noise(len(support), n, rng))
+            yield steps, [generator(theta, noise(len(support), n, rng))]
     if test_steps[-1] > inner_steps:
         more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
         for steps, samples in fine_tune(own_weights(theta, phi), lr, [], support, n, rng, more):
@@ -847,7 +848,10 @@ def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
     """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.
 
-    A step that is not finite for one task is skipped for all. leaves: [T, ...] each, or shared by the tasks, to start with.
+    Yields the samples of G as it is, and of the average of its weights over the steps so far, an exponential one once they
+    are many: the two players circle around where they are going, and the average does not (Yazıcı et al. 2019, arXiv
+    1806.04498). A step that is not finite for one task is skipped for all. leaves: [T, ...] each, or shared by the tasks,
+    to start with.
     """
     shared = leaves[1].dim() == 1               # G's first bias
     phase = {**new_phase([t.expand(len(support), *t.shape) if shared else t for t in leaves], 0), "rng": rng}
@@ -855,10 +859,14 @@ def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
         adam.param_groups[0]["lr"] = lr
     for real in sources:
         gan_step(phase, real, FAKES)
+    theta, average = (players(leaves)[0] for leaves in (phase["leaves"], [t.detach().clone() for t in phase["leaves"]]))
     for before, steps in zip((0, *test_steps), test_steps):
-        for _ in range(steps - before):
+        for step in range(before, steps):
             gan_step(phase, support, FAKES)
-        yield steps, generator(players(phase["leaves"])[0], noise(len(support), n, rng)).detach()
+            with torch.no_grad():
+                torch._foreach_lerp_(tensors(average), tensors(theta), max(1 - AVERAGE, 1 / (step + 2)))
+        z = noise(len(support), n, rng)
+        yield steps, [generator(layers, z).detach() for layers in (theta, average)]
 
 def without_a_gan(support, n, rng):
     """What a sceptic tries first with the support [T, shots, 784]; yields (name, n 'samples' [T, n, 784])."""
@@ -951,12 +959,12 @@ def draw_test(domains, pairs, settings, rng, change=None):
     return sources, support, rest[:, :n], rest[:, n:]
 
 def choose_rates(method, domains, settings, classifier):
-    """Adam's best learning rate for every number of steps, on the *meta-training* classes, changed (`new_domain`), but not on drawn
-    domains: those ask for larger rates than real images do.
+    """Adam's best learning rate for every number of steps, and whether to average G, on the *meta-training* classes, changed
+    (`new_domain`), but not on drawn domains: those ask for larger rates than real images do.
 
     method: `few_shot` or `fine_tune`, as a function of (lr, sources, support, n, rng, test_steps). All rates get the same random
     numbers, and the smallest is taken where they do equally well, as after steps that do not use it. A rate that comes to twice
-    the distance of a smaller one is not followed further.
+    the distance of a smaller one, averaged or not, is not followed further. Returns {steps: (rate, average?)}.
     """
     rng = torch.Generator(domains.images.device).manual_seed(settings.seed)
     pairs, distance = sample_pairs(domains, settings.tune_tasks, rng), {steps: {} for steps in settings.test_steps}
@@ -964,11 +972,13 @@ def choose_rates(method, domains, settings, classifier):
     state = rng.get_state()
     for lr in settings.gan_rates:
         rng.set_state(state)
-        for steps, samples in method(lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
-            distance[steps][lr] = np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
-            if distance[steps][lr] > 2 * min(distance[steps].values()):
+        for steps, takes in method(lr, *test[:2], test[2].shape[1], rng, settings.test_steps):
+            new = {(lr, averaged): np.mean([judged["frechet"] for judged in judge_samples(samples, test, pairs[:, 1], classifier)])
+                   for averaged, samples in zip((False, True), takes)}
+            distance[steps] |= new
+            if min(new.values()) > 2 * min(distance[steps].values()):
                 break
-    return {steps: min(by_rate, key=by_rate.get) for steps, by_rate in distance.items()}
+    return {steps: min(by_choice, key=by_choice.get) for steps, by_choice in distance.items()}
 
 def meta_test(run, domains, settings, classifier):
     """Every method on every held-out pair and test seed, on the same images.
@@ -999,11 +1009,12 @@ def meta_test(run, domains, settings, classifier):
         for name, samples in without_a_gan(support, n, rng):
             record(name, None, samples)
         for name, method in methods.items():
-            for lr in sorted(set(chosen[name].values())):
-                last = max(steps for steps, rate in chosen[name].items() if rate == lr)         # nobody looks at this rate after it
-                for steps, samples in method(lr, sources, support, n, rng, [steps for steps in settings.test_steps if steps <= last]):
-                    if chosen[name][steps] == lr:
-                        record(name, steps, samples)
+            for lr in sorted({rate for rate, _ in chosen[name].values()}):
+                last = max(steps for steps, (rate, _) in chosen[name].items() if rate == lr)    # nobody looks at this rate after it
+                for steps, takes in method(lr, sources, support, n, rng, [steps for steps in settings.test_steps if steps <= last]):
+                    rate, averaged = chosen[name][steps]
+                    if rate == lr:
+                        record(name, steps, takes[averaged])
     return pairs, results, film, chosen
 
 def interval(values):
@@ -1194,7 +1205,7 @@ def deploy(settings, device):
     to_float = lambda images: images.to(device).unsqueeze(0) / 127.5 - 1
     support = to_float(images[torch.randperm(len(images), generator=rng, device=device)[:shots].cpu()])
     sources = [to_float(batch) for batch in run["source images"]]
-    *_, (_, samples) = few_shot(run["phases"]["meta-training"]["average"], GO_ON_RATE, sources, support, settings.samples, rng, [settings.steps], run["settings"]["inner_steps"])
+    *_, (_, [*_, samples]) = few_shot(run["phases"]["meta-training"]["average"], GO_ON_RATE, sources, support, settings.samples, rng, [settings.steps], run["settings"]["inner_steps"])
     samples = samples[0].cpu()
     if not samples.isfinite().all():
         raise UserError(f"the adaptation diverged within {settings.steps} steps; take fewer --steps, or more --shots")
@@ -1282,7 +1293,8 @@ def benchmark(settings, device):
             precision.fp32_precision = fast
         return step
 
-    steps = {"MT-GAN": a_step(), "plain loop over the tasks": a_step(explicit_gradient, "none"), "first order": a_step(algorithm="fomaml")}
+    steps = {"MT-GAN": a_step(), "second order alone": a_step(algorithm="maml"), "first order": a_step(algorithm="fomaml"),
+             "plain loop over the tasks": a_step(explicit_gradient, "none")}
     if fast != "none":
         steps["plain loop, products by oneDNN"] = a_step(explicit_gradient)
     optimizing = new_phase(start, 0, settings)
@@ -1352,7 +1364,7 @@ def parse_arguments(argv):
     option("--source-steps", type=number(int, 0, 100), default=0, help="inner steps on the source domain, before those (default: 0)")
     option("--inner-lr", type=number(float, 1e-6, MAX_RATE), default=0.1, help="G's inner learning rates before they are learned, D's are a fifth (default: 0.1)")
     # training
-    option("--algorithm", choices=("maml", "fomaml", "reptile", "both"), default="maml", help="the meta-learner; both: maml and reptile (default: maml)")
+    option("--algorithm", choices=("maml", "fomaml", "reptile", "both"), default="both", help="the meta-learner; both: maml and reptile (default: both)")
     option("--score", choices=("features", "pixels", "adversarial"), default="features",
            help="the outer loss: the energy distance in pixels, edges and features, or in pixels, or the game's losses (default: features)")
     option("--warm-steps", type=number(int, 0, 10**7), default=9000, help="steps of ordinary GAN training to start from (default: 9000)")

@@ -478,14 +478,14 @@ def test_a_benchmark_prints_every_row(narrow, monkeypatch, capsys):
     monkeypatch.setattr(mtgan, "draw_built_in", functools.partial(mtgan.draw_built_in, each=110))
     assert mtgan.main(["--benchmark", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:34].strip() for line in lines[2:6]] == ["one meta-step", "MT-GAN", "plain loop over the tasks", "first order"]
+    assert [line[:34].strip() for line in lines[2:7]] == ["one meta-step", "MT-GAN", "second order alone", "first order", "plain loop over the tasks"]
     tables = {line[:24].strip(): [float(cell) for cell in line[24:].split()] for line in lines if line[:1] in "tismh"}
     assert tables["tasks"] == [1, 4, 16, 64] and tables["inner steps"] == [1, 5, 10, 20] and tables["shots"] == [5, 25, 100]
-    for line in lines[3:6]:
+    for line in lines[3:7]:
         seconds, ratio, gflop, speed, _ = map(float, line[34:].split())
         assert seconds > 0 and ratio > 0 and gflop > 0 and speed >= 0
     [optimisers] = [line for line in lines if line.startswith("optimisers alone")]
-    assert 0 < float(optimisers[34:].split()[0]) < float(lines[4][34:].split()[0])      # a part of the loop's step
+    assert 0 < float(optimisers[34:].split()[0]) < float(lines[6][34:].split()[0])      # a part of the loop's step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -740,7 +740,7 @@ def test_what_is_made_up_and_what_is_only_changed(monkeypatch, narrow):
     mtgan.meta_step(phase, domains, narrow, [mtgan.pixels])
     assert asked == [("made_up_domain", (4, 16, 784)), ("made_up_domain", (2, 11, 784))]
     settings = types.SimpleNamespace(seed=0, tune_tasks=3, test_steps=[0], gan_rates=[1e-3], shots=5, source_steps=0)
-    method = lambda lr, sources, support, n, rng, test_steps: [(0, support[:, :1].expand(-1, n, -1))]
+    method = lambda lr, sources, support, n, rng, test_steps: [(0, [support[:, :1].expand(-1, n, -1)])]
     mtgan.choose_rates(method, domains, settings, mtgan.new_classifier(len(domains.names)))
     assert asked[2:] == [("new_domain", (3, 39, 784))]
 
@@ -772,55 +772,66 @@ def test_features_never_see_held_out_classes():
     assert not all(map(torch.equal, first.parameters(), all_classes.parameters()))
 
 
-def test_adaptation_goes_on_with_adam(narrow):
-    """Up to inner_steps the samples are those of `adapt`, from there on those of training with Adam from its weights."""
+def test_adaptation_goes_on_with_adam(narrow, monkeypatch):
+    """Up to inner_steps the samples are those of `adapt`, from there on those of training with Adam from its weights, and of
+    the mean of G's weights over these steps; once they are many, the first of them fade."""
     domains, rng = numbered_domains(), torch.Generator()
     leaves = mtgan.new_phase(mtgan.random_start(0, torch.device("cpu")), 0, narrow)["leaves"]
     leaves[-1] = torch.linspace(0.01, 0.2, 24).log().view(3, 2, 4)         # every step has its own rates
     support = mtgan.sample_images(domains, torch.tensor([4, 5]), 5, rng.manual_seed(1))
     results = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1, 3, 5, 8], 3))
-    assert list(results) == [0, 1, 3, 5, 8] and all(samples.shape == (2, 3, 784) for samples in results.values())
+    assert [(steps, len(takes)) for steps, takes in results.items()] == [(0, 1), (1, 1), (3, 1), (5, 2), (8, 2)]
+    assert all(samples.shape == (2, 3, 784) for takes in results.values() for samples in takes)
     rng.manual_seed(2)
     players = mtgan.players([t.detach() for t in leaves])
     for steps, (theta, phi) in enumerate(mtgan.adapt(*players, leaves[-1].detach().exp(), [support] * 3, rng, second_order=False)):
         if steps in results:
-            assert torch.equal(results[steps], mtgan.generator(theta, mtgan.noise(2, 3, rng)))
+            assert torch.equal(results[steps][0], mtgan.generator(theta, mtgan.noise(2, 3, rng)))
     phase = {**mtgan.new_phase(mtgan.tensors(*([mtgan.fold(layer) for layer in layers] for layers in (theta, phi))), 0), "rng": rng}
     for adam in phase["optimizers"]:
         adam.param_groups[0]["lr"] = 2e-4
+    been = [[t.detach().clone() for t in phase["leaves"]]]
     for steps, more in ((5, 2), (8, 3)):
         for _ in range(more):
             mtgan.gan_step(phase, support, mtgan.FAKES)
-        assert torch.equal(results[steps], mtgan.generator(mtgan.players(phase["leaves"])[0], mtgan.noise(2, 3, rng)))
+            been.append([t.detach().clone() for t in phase["leaves"]])
+        z, mean = mtgan.noise(2, 3, rng), [torch.stack(of_all_steps).mean(0) for of_all_steps in zip(*been)]
+        assert torch.equal(results[steps][0], mtgan.generator(mtgan.players(phase["leaves"])[0], z))
+        assert relative(results[steps][1], mtgan.generator(mtgan.players(mean)[0], z)) < 1e-4 < relative(*results[steps])
     late = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [8], 3))         # nothing between is asked for
-    assert list(late) == [8] and late[8].shape == (2, 3, 784) and not torch.equal(late[8], results[3])
+    assert list(late) == [8] and late[8][0].shape == (2, 3, 784) and not torch.equal(late[8][0], results[3][0])
+    monkeypatch.setattr(mtgan, "AVERAGE", 0.0)              # the first ones fade at once
+    (_, takes), = mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [8], 3)
+    assert torch.equal(*takes) and not torch.equal(*late[8])
     early = dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1], 3))     # fewer than were learned
-    assert list(early) == [0, 1] and torch.equal(early[1], results[1])
+    assert list(early) == [0, 1] and torch.equal(early[1][0], results[1][0])
     state = rng.get_state()
     dict(mtgan.few_shot(leaves, 2e-4, [], support, 3, rng.manual_seed(2), [0, 1], 1))
     assert torch.equal(state, rng.get_state())              # nor did it take steps that nobody asked for
     source = mtgan.sample_images(domains, torch.tensor([0, 1]), 5, rng.manual_seed(3))            # the first rates are for sources
-    (_, samples), = mtgan.few_shot(leaves, 2e-4, [source], support, 3, rng.manual_seed(2), [1], 2)
+    (_, [samples]), = mtgan.few_shot(leaves, 2e-4, [source], support, 3, rng.manual_seed(2), [1], 2)
     rng.manual_seed(2)
     *_, (theta, _) = mtgan.adapt(*players, leaves[-1].exp(), [source, support], rng, second_order=False)
     assert torch.equal(samples, mtgan.generator(theta, mtgan.noise(2, 3, rng)))
 
 
 def test_rates_are_compared_with_the_same_random_numbers(narrow):
-    """The better of two rates at every number of steps; where a rate does nothing, the smallest one. A third is at first so
-    much worse that nobody sees how it ends."""
-    domains, rates = numbered_domains(), {1e-3: (0, 1, 3), 1e-1: (0, 1.1, 1), 1.0: (0, 9, 0)}
-    settings = types.SimpleNamespace(seed=0, tune_tasks=2, test_steps=[0, 1, 3], gan_rates=list(rates), shots=5, source_steps=0)
+    """The better of two rates at every number of steps, and of G and its average; where a rate does nothing, the smallest one.
+    A third is at first so much worse, averaged as well, that nobody sees how it ends."""
+    domains, rates = numbered_domains(), {1e-3: (0, 1, 3, 1.2), 1e-1: (0, 1.1, 1, 3), 1.0: (0, 9, 0, 0)}
+    averaged = {1e-3: (0, 1.1, 3, 1.1), 1e-1: (0, 1.2, 1.2, 1), 1.0: (0, 8, 0, 0)}
+    settings = types.SimpleNamespace(seed=0, tune_tasks=2, test_steps=[0, 1, 3, 5], gan_rates=list(rates), shots=5, source_steps=0)
     classifier, draws, seen = mtgan.new_classifier(len(domains.names)), [], []
 
     def method(lr, sources, support, n, rng, test_steps):
         draws.append(torch.rand(4, generator=rng))
-        for steps, far in zip(test_steps, rates[lr]):       # how far from the support
+        for steps, *both in zip(test_steps, rates[lr], averaged[lr]):       # how far from the support
             seen.append((lr, steps))
-            yield steps, support[:, :1].expand(-1, n, -1) + far * torch.rand(len(support), n, 784, generator=rng)
+            off = torch.rand(len(support), n, 784, generator=rng)
+            yield steps, [support[:, :1].expand(-1, n, -1) + far * off for far in both]
 
-    assert mtgan.choose_rates(method, domains, settings, classifier) == {0: 1e-3, 1: 1e-3, 3: 1e-1}
-    assert (1.0, 1) in seen and (1.0, 3) not in seen and len(seen) == 8
+    assert mtgan.choose_rates(method, domains, settings, classifier) == {0: (1e-3, False), 1: (1e-3, False), 3: (1e-1, False), 5: (1e-1, True)}
+    assert (1.0, 1) in seen and (1.0, 3) not in seen and len(seen) == 10
     assert all(torch.equal(draws[0], other) for other in draws[1:])
 
 
