@@ -1029,7 +1029,7 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     assert "tested differently" in refused(capsys, "--tables", finished, other)
     report["settings"] = {**json.loads((finished / "report.json").read_text())["settings"], "seed": 9, "algorithm": "reptile"}
     (other / "report.json").write_text(json.dumps(report))
-    assert "differ in algorithm (maml, reptile)" in refused(capsys, "--tables", finished, other)
+    assert "differ in algorithm (both, reptile)" in refused(capsys, "--tables", finished, other)
     for damaged in ("[1, 2", json.dumps({**report, "results": [3]}), json.dumps({**report, "settings": 3}), json.dumps({**report, "results": [{"method": "MT-GAN", "steps": 0}]})):
         (other / "report.json").write_text(damaged)
         assert "no readable report.json" in refused(capsys, "--tables", other)
