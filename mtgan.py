@@ -848,7 +848,7 @@ def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
     """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.
 
-    Yields the samples of G as it is, and of the average of its weights over the steps so far, an exponential one once they
+    Yields the samples of G as it is, and after a step those of the average of its weights so far, an exponential one once they
     are many: the two players circle around where they are going, and the average does not (Yazıcı et al. 2019, arXiv
     1806.04498). A step that is not finite for one task is skipped for all. leaves: [T, ...] each, or shared by the tasks,
     to start with.
@@ -866,7 +866,7 @@ def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
             with torch.no_grad():
                 torch._foreach_lerp_(tensors(average), tensors(theta), max(1 - AVERAGE, 1 / (step + 2)))
         z = noise(len(support), n, rng)
-        yield steps, [generator(layers, z).detach() for layers in (theta, average)]
+        yield steps, [generator(layers, z).detach() for layers in ((theta, average) if steps else (theta,))]
 
 def without_a_gan(support, n, rng):
     """What a sceptic tries first with the support [T, shots, 784]; yields (name, n 'samples' [T, n, 784])."""
