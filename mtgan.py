@@ -842,8 +842,8 @@ def few_shot(leaves, lr, sources, support, n, rng, test_steps, inner_steps):
             yield steps, [generator(theta, noise(len(support), n, rng))]
     if test_steps[-1] > inner_steps:
         more = [steps - inner_steps for steps in test_steps if steps > inner_steps]
-        for steps, samples in fine_tune(own_weights(theta, phi), lr, [], support, n, rng, more):
-            yield inner_steps + steps, samples
+        for steps, takes in fine_tune(own_weights(theta, phi), lr, [], support, n, rng, more):
+            yield inner_steps + steps, takes
 
 def fine_tune(leaves, lr, sources, support, n, rng, test_steps):
     """As `few_shot`, for any GAN: training with Adam on the same images, all tasks side by side, each with weights of its own.

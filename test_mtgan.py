@@ -1099,6 +1099,14 @@ def test_deploying_to_a_folder(finished, tmp_path, capsys):
     assert mtgan.main(["--adapt", str(finished / "checkpoint.pt"), "--target", "garments:8", "--samples", "1", "--out", str(tmp_path / "built-in")]) == 0
 
 
+def test_deployment_draws_from_the_average(finished, tmp_path, monkeypatch):
+    """Of G as it is and its average, the latter; after learned steps alone, of G, as there is nothing else."""
+    for takes, grey in (([-1.0, 1.0], 255), ([-1.0], 0)):
+        monkeypatch.setattr(mtgan, "few_shot", lambda *_: iter([(3, [torch.full((1, 2, 784), value) for value in takes])]))
+        assert mtgan.main(["--adapt", str(finished), "--target", "garments:8", "--samples", "2", "--out", str(tmp_path / f"{grey}")]) == 0
+        assert (np.asarray(Image.open(tmp_path / f"{grey}" / "sample-001.png")) == grey).all()
+
+
 def refused(capsys, *arguments):
     """Run, and return the one line that says what was wrong."""
     assert mtgan.main([str(a) for a in arguments]) == 2
