@@ -10,17 +10,19 @@ score (`train`), and by inner steps of its own with --source-steps.
     python mtgan.py --adapt runs/mnist-fashion --target my_images/ --shots 10 --samples 64     # deploy
     python mtgan.py --benchmark                                     # what a meta-step costs
 
-A *task* is to generate a target domain (a class of images) of which only a few *shots* are given, the *support*. An
-*episode* adapts G and D to some tasks by a few *inner* steps and scores them on other images of each target, the
-*query*; the *outer* step then improves what all tasks start from. The four equations (a: inner learning rates, learned as well,
-R: real images, z: noise, theta: generator, phi: discriminator):
+A *task* is to generate a target domain (a class of images) of which only a few *shots* are given, the *support*. In an
+*episode*, copies of the shared initialisation theta_0, phi_0 take k *inner* steps of the game on the support of each of
+some tasks; the score is how far the images of an adapted G are from others of its target, the *query*. The *outer* step then
+changes what all tasks start from, so that the next ones score better after k steps of their own. The four equations (a:
+inner learning rates, learned as well, R: real images, z: noise, theta: generator, phi: discriminator):
 
     (1) the game        L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))         L_G = mean softplus(-D(G(z)))
     (2) inner step      phi'   = phi   - a_phi   dL_D/dphi        of R and G(theta, z), theta held constant
                         theta' = theta - a_theta dL_G/dtheta      of G(theta, z), the same z, against a constant D(phi')
-    (3) outer step      (theta_0, phi_0, a) <- `Muon` (matrices) or Adam (the rest) on g/|g| + r/|r|:
-                        g: the gradient of the distances from G(theta_k) to the query images, after half of the steps on
-                        the support and at their end, through all inner steps; r: theta_0 - theta_k and phi_0 - phi_k, the way back
+    (3) outer step      (theta_0, phi_0, log a) <- `Muon` (matrices) or Adam (the rest) on g/|g| + r/|r|, clipped:
+                        g, second-order MAML's: the gradient of that score, after half of the steps on the support and at
+                        their end, through all inner steps; r, Reptile's: theta_0 - theta_k and phi_0 - phi_k, the way back, on
+                        the average of the tasks
     (4) dual form       W' = W + Δᵀ X,  b' = b + Σ Δ   =>   x W'ᵀ + b' = (x Wᵀ + b) + (x Xᵀ + 1) Δ
                         X: what a layer saw in its inner steps; Δ: -a times the gradients of its pre-activations. An
                         adapted layer is the shared layer plus attention over what it was adapted on.
