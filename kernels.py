@@ -9,11 +9,8 @@ which has the sign of what went in. Then two operations are enough (Σ sums a ro
     L(x, W, b; y) = m * (x Wᵀ + b)        gradients from g:     X(g, W; y) and X(gᵀ, x; yᵀ)
     X(g, W; y)    = (m * g) W, Σ m * g    gradients from u, v:  L(W, u, v; yᵀ)ᵀ and X(gᵀ, u; yᵀ)
 
-Their gradients are the two again, which gives every order. Each is one product of matrices with
-a mask, so one kernel serves both. It is written in Triton, a dialect of Python for GPUs; a few
-lines of PyTorch compute the same where it cannot run.
-
-    python kernels.py        measures the kernel on a GPU; without one, shows what it compiles to
+Their gradients are the two again, which gives every order. Each is one product with a mask, which
+a kernel in Triton, a dialect of Python for GPUs, computes, or else a few lines of PyTorch.
 """
 import ctypes
 import itertools
@@ -34,7 +31,6 @@ except ImportError:                     # there is none for macOS and Windows
 # ------------------------------------------------------------------------------ 1 The product
 # A Triton function runs as many programs at once. Here each makes one tile of the result, and its
 # values are whole tiles. An `if` on None or on a tl.constexpr is decided when it is compiled.
-
 if triton is not None:
     @triton.jit
     def load_tile(matrices, strides, t, rows, columns, height, width):
@@ -44,10 +40,10 @@ if triton is not None:
         return tl.load(matrices + t * strides[0] + offsets, mask=inside, other=0.0)
 
     @triton.jit
-    def product_kernel(a, b, y, bias, out, sums, a_strides, b_strides, y_strides, bias_strides,
-                       M, N, K, SLOPE: tl.constexpr, MASK_LEFT: tl.constexpr,
-                       PRECISION: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
-                       TILE_K: tl.constexpr):
+    def product_kernel(
+            a, b, y, bias, out, sums, a_strides, b_strides, y_strides, bias_strides, M, N, K,
+            SLOPE: tl.constexpr, MASK_LEFT: tl.constexpr, PRECISION: tl.constexpr,
+            TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
         t = tl.program_id(2).to(tl.int64)            # 64 bits: an offset may pass 2³¹
         rows = tl.program_id(0).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
         columns = tl.program_id(1).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
@@ -78,9 +74,7 @@ if triton is not None:
 
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, Σ a [T, M], for a [T, M, K] and b [T, K, N].
-
-    m multiplies `a` if mask_left, else the result; it comes from y, or without y from the result.
-    """
+    m multiplies `a` if mask_left, else the result. It is read off y, or else off the result."""
     if backend != "triton":                          # "auto" too, until a GPU has been measured
         times_m = torch.ops.aten.leaky_relu_backward     # (value, y, slope, True) is m * value
         if mask_left and slope != 1:
@@ -90,13 +84,13 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
             out = times_m(out, out if y is None else y, slope, True)
         return out, a.sum(2) if row_sums else None
 
-    T, M, K = a.shape
-    N = b.shape[2]
+    T, M, K, N = *a.shape, b.shape[2]
+    single = a.dtype == torch.float32
     # Large tiles read each operand less often; small ones leave no part of the GPU without work.
-    large = a.dtype == torch.float32 and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= 128
+    large = single and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= 128
     tile_m, tile_n, tile_k, warps = (64, 64, 32, 8) if large else (32, 32, 32, 4)
     # tl.dot takes TF32 unless told otherwise; we take it only where PyTorch may too.
-    tf32 = a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = single and torch.backends.cuda.matmul.fp32_precision == "tf32"
     out = a.new_empty(T, M, N)
     sums = a.new_empty(T, M) if row_sums else None
     strides = [() if v is None else v.stride() for v in (a, b, y, bias)]
@@ -108,10 +102,9 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
 
 
 # ---------------------------------------------------------------- 2 The two and their gradients
-
 def asked(ctx, i):
-    """Does this call of autograd want the gradient of tensor i that an operation was given?"""
-    # ctx.needs_input_grad[i] says only whether it requires one, as W does even in grad(y, x).
+    """Does this call of autograd want the gradient of an operation's tensor i?
+    ctx.needs_input_grad[i] says only whether that requires one, as W does even in grad(y, x)."""
     node, _ = ctx.next_functions[i]
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
@@ -120,8 +113,7 @@ def asked(ctx, i):
 
 
 class L(torch.autograd.Function):
-    """m * (x Wᵀ + b) [T, B, N]. b may be None; y too, and then it is the result."""
-
+    """m * (x Wᵀ + b) [T, B, N]. b may be None, and y, which then is the result."""
     @staticmethod
     def forward(ctx, x, weight, bias, y, *how):      # how: slope, backend
         out, _ = product(x, weight.mT, y, *how, bias)
@@ -136,14 +128,13 @@ class L(torch.autograd.Function):
         dx = dweight = dbias = None
         if asked(ctx, 0):
             dx, _ = X.apply(g, weight, y, False, *ctx.how)
-        if asked(ctx, 1) or asked(ctx, 2):
+        if asked(ctx, 1) or asked(ctx, 2):           # if b is None, 2 is y, which nobody asks for
             dweight, dbias = X.apply(g.mT, x, y.mT, asked(ctx, 2), *ctx.how)
         return dx, dweight, dbias, None, None, None
 
 
 class X(torch.autograd.Function):
     """(m * g) W and, if row_sums, Σ m * g: the gradient of x or, transposed, those of W and b."""
-
     @staticmethod
     def forward(ctx, g, weight, y, row_sums, *how):
         ctx.save_for_backward(g, weight, y)
@@ -162,22 +153,21 @@ class X(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------- 3 The layer
-
 def why_not_triton(device):
     """Why Triton cannot run on a device, in one line; None where it can."""
     if triton is None:
         return "triton is not installed: use backend='torch' or 'auto'"
-    # On a CPU there is only an interpreter, where not even Triton's own library is compiled.
-    if torch.device(device).type != "cuda" and isinstance(tl.sum, triton.JITFunction):
+    interpreted = not isinstance(tl.sum, triton.JITFunction)
+    if torch.device(device).type != "cuda" and not interpreted:
         return f"triton cannot run on {device} without TRITON_INTERPRET=1: use backend='torch'"
 
 
 def fused_linear(x, weight, bias, slope=0.2, *, backend="auto"):
     """leaky_relu(x Wᵀ + b, slope) [T, B, N], with (reverse-mode) gradients of every order.
 
-    x [T, B, K], weight [T, N, K], bias [T, N]: any strides (expand what tasks share), all float32
-    or all float64. Slope 1 is no activation, 0 is ReLU; below 0, y would not tell m. Raises
-    ValueError, TypeError (dtypes), and RuntimeError where "triton" is asked for and cannot run.
+    x [T, B, K], weight [T, N, K], bias [T, N]: float32 or float64, any strides (expand what tasks
+    share). Slope 1 is no activation, 0 is ReLU; below 0, y would not tell m. Raises ValueError,
+    TypeError (dtypes), and RuntimeError where "triton" is asked for and cannot run.
     """
     tensors = [x, weight, bias]
     found = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
@@ -186,8 +176,7 @@ def fused_linear(x, weight, bias, slope=0.2, *, backend="auto"):
     if {t.dtype for t in tensors} not in ({torch.float32}, {torch.float64}):
         raise TypeError(f"x, weight and bias must all be float32 or all float64, not {found}")
     if not fit:
-        raise ValueError("x [T, B, K], weight [T, N, K] and bias [T, N] must be on one device and "
-                         f"their shapes fit, not {found}")
+        raise ValueError(f"not x [T, B, K], weight [T, N, K], bias [T, N] on one device: {found}")
     if not 0 <= slope < float("inf"):                # nan fails this too
         raise ValueError(f"slope must be finite and at least 0, not {slope}")
     if backend not in ("auto", "torch", "triton"):
@@ -205,14 +194,9 @@ def keep_memory():
         mallopt(-1, 2**31 - 1)                       # M_TRIM_THRESHOLD
 
 
-# ------------------------------------------------------------------------ 4 python kernels.py
-
-LAYERS = [(100, 256), (256, 512), (512, 1024), (1024, 784),              # K, N of G
-          (784, 1024), (1024, 512), (512, 256), (256, 1)]                # and of D
-
-
+# ------ 4 python kernels.py: measures the kernel on a GPU, elsewhere shows what it compiles to
 def draw(T, B, K, N, device, dtype=torch.float32):
-    shapes = (T, B, K), (T, N, K), (T, N), (T, B, N)                     # x, W, b, g
+    shapes = (T, B, K), (T, N, K), (T, N), (T, B, N)         # x, W, b, g
     return [torch.randn(s, device=device, dtype=dtype, requires_grad=True) for s in shapes]
 
 
@@ -229,44 +213,48 @@ def run(order, backend, operands, y=None):
 
 def measure(device, tasks, orders):
     """Prints the kernel's largest error as a share of the largest value and, on a GPU, times."""
-    from torch.utils.benchmark import Timer          # waits for the GPU
-    for (K, N), T, order in itertools.product(LAYERS, tasks, orders):
+    from torch.utils.benchmark import Timer                  # waits for the GPU
+    layers = [(100, 256), (256, 512), (512, 1024), (1024, 784),      # K, N of G
+              (784, 1024), (1024, 512), (512, 256), (256, 1)]        # and of D
+    for (K, N), T, order in itertools.product(layers, tasks, orders):
         operands = draw(T, 64, K, N, device)
         results = run(order, "triton", operands)
         # Rounding may flip the sign of a y near 0: the exact results get the signs found here.
         exact = run(order, "torch", [v.double() for v in operands], results[0].detach().double())
         error = max((a - b).abs().max() / b.abs().max() for a, b in zip(results, exact))
-        print(f"{K} to {N}, {T} tasks, order {order}: error {error:.1e}", end="", flush=True)
-        micro = []
-        for backend in ("triton", "torch") if device == "cuda" else ():
-            values = dict(run=run, order=order, backend=backend, operands=operands)
-            timer = Timer("run(order, backend, operands)", globals=values)
-            micro.append(timer.blocked_autorange().median * 1e6)
-            print(f", {backend} {micro[-1]:.1f} us, {micro[-1] / micro[0]:.2f} times", end="")
-        print()
+        row = f"{K} to {N}, {T} tasks, order {order}: error {error:.1e}"
+        if device == "cuda":
+            timers = [Timer(f"run({order}, '{backend}', v)", globals={"run": run, "v": operands})
+                      for backend in ("triton", "torch")]
+            ours, theirs = [timer.blocked_autorange().median * 1e6 for timer in timers]
+            row += f"; {ours:.1f} us, PyTorch {theirs:.1f} us, ratio {theirs / ours:.2f}"
+        print(row, flush=True)
 
 
 def resources(capabilities=(80, 90, 100)):
-    """Compiles what a second derivative launches, for GPUs that need not be here. Yields
-    capability, precision, dtype, tasks, registers a thread, shared memory and spilled bytes."""
+    """Compiles what a second derivative launches, for GPUs that need not be here. Yields the most
+    registers a thread, bytes of shared memory and bytes spilled, after what they are for."""
     kernels = []
-    launch = product_kernel.run
-    product_kernel.run = lambda *v, warmup, **o: kernels.append(launch(*v, warmup=True, **o))
+
+    def compile_only(*values, warmup, **options):
+        kernels.append(triton.JITFunction.run(product_kernel, *values, warmup=True, **options))
+
+    product_kernel.run = compile_only
     for capability, precision, dtype, T in itertools.product(
             capabilities, ["ieee", "tf32"], [torch.float32, torch.float64], [1, 16]):
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-        driver = Mock(get_current_target=lambda: target)                 # in place of a GPU's
-        triton.runtime.driver.set_active(driver)
+        triton.runtime.driver.set_active(Mock(get_current_target=lambda: target))
         torch.backends.cuda.matmul.fp32_precision = precision
+        kernels.clear()
         run(2, "triton", draw(T, 64, 512, 512, "meta", dtype))
-        while kernels:
-            kernel = kernels.pop()
+        used = []
+        for kernel in set(kernels):
             cache = triton.runtime.cache.get_cache_manager(kernel.hash)
             text = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-res-usage",
                                             cache.get_file("product_kernel.cubin")], text=True)
-            used = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-            yield (capability, precision, str(dtype), T, used["REG"], kernel.metadata.shared,
-                   used["STACK"] + used["LOCAL"])
+            registers, stack, local = map(int, re.findall(r"(?:REG|STACK|LOCAL):(\d+)", text))
+            used.append((registers, kernel.metadata.shared, stack + local))
+        yield (capability, precision, str(dtype), T, *map(max, zip(*used)))
 
 
 if __name__ == "__main__":
@@ -277,7 +265,6 @@ if __name__ == "__main__":
     elif why_not_triton("cpu") is None:
         measure("cpu", tasks=[1], orders=[2])
     else:
-        print("capability, precision, dtype, tasks, registers, shared, spilled")
         for row in resources():
-            print(*row)
+            print("sm_{}, {}, {}, T = {}: {} registers, {} bytes shared, {} spilled".format(*row))
         subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"})

@@ -29,7 +29,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
 
 Sections 1 to 6 are the algorithm; from 7 on it is measured and served.
 """
-import argparse, hashlib, io, json, math, os, re, socket, sys, textwrap, time, zlib
+import argparse, hashlib, itertools, json, math, os, re, socket, sys, textwrap, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -47,43 +47,47 @@ from torch.autograd import grad
 
 from kernels import fused_linear, keep_memory, why_not_triton
 
-def option(default, text, **more):
-    """A setting that is an option of the command line: its default, its help, how it is read."""
-    return field(default=default, metadata={"help": text, **more})
+def option(default, text, least=1e-9, **how):
+    """A setting that is an option of the command line; how: what argparse shall know of it."""
+    def number(text):
+        value = type(default)(text)
+        if not least <= value < math.inf:
+            raise ValueError
+        return value
+
+    if type(default) in (int, float):
+        how = {"type": number, "metavar": "N"}
+    return field(default=default, metadata={"help": text, **how})
 
 @dataclass
 class Settings:
     """Everything that decides a run; report.json records it."""
-    source: tuple = option(("mnist",), "source domains", metavar="SPEC")
-    target: tuple = option(("fashion",), "target domains", metavar="SPEC")
+    source: tuple = option(("mnist",), "source domains (default: mnist)", nargs="+", metavar="SPEC")
+    target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or are downloaded to", metavar="DIR")
-    out: str = option(None, "folder for the results (default: runs/SOURCE-TARGET)", metavar="DIR")
-    seed: int = option(0, "decides all that is random")
+    out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
+    seed: int = option(0, "decides all that is random (0)", least=0)
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...", metavar="NAME")
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
-    dry_run: bool = option(False, "everything once, tiny, in under a minute")
+    dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(None, "support images of a task (default: 25)")
-    source_steps: int = option(0, "inner steps on the source, first")
-    inner_steps: int = option(10, "inner steps on the support")
-    inner_lr: float = option(0.1, "G's inner rate to begin with, D's is 1/5")
-    warm_steps: int = option(9000, "steps of ordinary GAN training, first")
-    meta_steps: int = option(1300, "episodes")
-    meta_batch: int = option(4, "tasks of an episode")
-    meta_lr: float = option(5e-4, "outer learning rate")
-    test_seeds: int = option(3, "draws of the support in meta-testing")
-    tables: tuple = option(None, "print the tables of finished runs", metavar="RUN")
+    shots: int = option(25, "support images of a task (25)")
+    source_steps: int = option(0, "inner steps on the source, before the others (0)", least=0)
+    inner_steps: int = option(10, "inner steps on the support (10)")
+    inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth (0.1)")
+    warm_steps: int = option(9000, "steps of ordinary GAN training to start from (9000)", least=0)
+    meta_steps: int = option(1300, "episodes (1300)")
+    meta_batch: int = option(4, "tasks of an episode (4)")
+    meta_lr: float = option(5e-4, "outer learning rate (5e-4)")
+    test_seeds: int = option(3, "draws of the support in meta-testing (3)")
+    tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
-    steps: int = option(100, "steps of --adapt")
-    samples: int = option(64, "images that --adapt generates")
+    steps: int = option(100, "steps of --adapt (100)")
+    samples: int = option(64, "images that --adapt generates (64)")
     # No options; --dry-run makes them smaller.
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)
-    adam_lrs: tuple = (1e-4, 5e-4, 2e-3)    # of the baselines: the best for every number of steps
     feature_steps: int = 1500   # of the classifier whose features score
     judge_steps: int = 500      # of the classifier that judges
-
-SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes and shapes, or a folder of pictures, whose "
-         "sub-folders are classes; mnist:0-6,9 is some classes of it.")
 
 class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
@@ -317,10 +321,11 @@ def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
     return torch.stack([some(domains.images[name], n) for name in classes])
 
-def sample_episode(domains, pairs, shots, queries, source_steps, change=None):
+def sample_episode(domains, pairs, queries, settings, change=None):
     """The `Episode` of tasks given as pairs; change: what makes new domains of the targets."""
     sources, targets = zip(*pairs)
-    batches = [sample_images(domains, sources, shots) for _ in range(source_steps)]
+    shots = settings.shots
+    batches = [sample_images(domains, sources, shots) for _ in range(settings.source_steps)]
     images = sample_images(domains, targets, shots + queries)
     if change:
         _, others = zip(*pick(domains.train, len(pairs)))
@@ -458,8 +463,7 @@ def meta_train(start, score, queries, domains, settings):
             highest = group.setdefault("highest", group["lr"])
             group["lr"] = highest * min(1, 2 - 2 * step / steps)
         pairs = pick(domains.train, settings.meta_batch)
-        episode = sample_episode(domains, pairs, settings.shots, queries, settings.source_steps,
-                                 made_up)
+        episode = sample_episode(domains, pairs, queries, settings, made_up)
         loss, gradient = meta_gradient(leaves, episode, settings.algorithm, score)
         # Two unit directions add up to more than length one, unless they are over 120° apart: the
         # limit gives nearly all outer gradients that length, and none outweighs the others.
@@ -494,10 +498,11 @@ def train_all(domains, settings):
     score = partial(outer_score, [torch.nn.Identity(), edges, features])
     return meta_train(warm, score, queries, domains, settings), transfer
 
-# From here on it is measured and served.
-# 7  Meta-testing: adaptation to pairs that no training has seen -----------------------------------
+# 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
 
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
+GO_ON_LR = 1e-4             # of Adam after the learned steps
+BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # of Adam without learned steps: a line each in the tables
 METRICS = {"frechet": "Fréchet distance on the judge's features (lower is better)",
            "recognised": "share recognised as the target class (higher is better)",
            "nearest": "distance to the nearest support image (real images: 1)"}
@@ -505,9 +510,9 @@ METRICS = {"frechet": "Fréchet distance on the judge's features (lower is bette
 def few_shot(start, lr, episode, test_steps):
     """Adapt a GAN to an episode's support. Yields (steps, theta) for the test_steps, ascending.
 
-    start: [*theta, *phi] for Adam at the rate lr, or [*theta, *phi, log_rates], whose learned inner
-    steps come first. Of Adam's steps theta is an average, the later ones counting more: the players
-    circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
+    start: [*theta, *phi] for Adam at the rate lr, or [*theta, *phi, log_rates]: learned inner steps
+    first. Of Adam's steps theta is an average, in which later ones count more: the players circle
+    around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
     leaves = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     rates = start[16].detach().exp() if len(start) > 16 else []
@@ -548,8 +553,8 @@ def without_a_gan(support, n):
 def train_classifier(stage, classes, steps, domains, settings):
     """A small CNN, [n, 784] -> features [n, 64] -> logits. No strides: they let speckle pass.
 
-    Two are needed. The 'judge' knows all classes: it measures, and no GAN is trained on it. The
-    'features' of the score know meta-training's classes alone, every image of them `changed`.
+    The 'judge' knows all classes: it measures, and no GAN is trained on it. The 'features' of the
+    score know meta-training's classes alone, and these `changed`.
     """
     reseed(settings.seed, stage)
     nn = torch.nn
@@ -569,7 +574,7 @@ def train_classifier(stage, classes, steps, domains, settings):
     return classifier.requires_grad_(False)
 
 def frechet_distance(a, b):
-    """Of Gaussians fitted to a [n, d] and b [m, d]: |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)."""
+    """Of Gaussians fitted to a [n, d] and b [m, d]: |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)"""
     a, b = a.double(), b.double()
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.inf
@@ -582,7 +587,7 @@ def frechet_distance(a, b):
     return distance.clamp(min=0).item()
 
 def judge_samples(samples, episode, targets, judge):
-    """The METRICS of every task's samples [n, 784], a dict for each; targets: class numbers.
+    """The METRICS of each task's samples [n, 784], as dicts; targets: numbers of classes.
 
     The query's first half are real images to compare with, the second half is the reference.
     """
@@ -597,75 +602,46 @@ def judge_samples(samples, episode, targets, judge):
                        "recognised": recognised.double().mean().item(), "nearest": nearest.item()})
     return judged
 
-def test(start, lr, pairs, seed, judge, domains, settings):
-    """A start on a support of every pair, or all that needs no GAN where start is None.
-
-    The images depend on the seed alone. Returns [(name, steps, some images [T, 9, 784], a dict of
-    METRICS for every pair)], with None for the name of a GAN and for steps that there are not.
-    """
+def test(method, start, lr, seed, judge, domains, settings):
+    """A start, or all that needs no GAN where it is None, on held-out pairs and images that depend on
+    the seed alone: [(name, steps, some images [T, 9, 784], METRICS for every pair)]"""
     reseed(settings.seed, "test", seed)
+    pairs = domains.test[:TEST_PAIRS]
     fewest = min(len(domains.images[target]) for _, target in pairs)
-    n = min(500, (fewest - settings.shots) // 2)        # as many samples as real images
-    episode = sample_episode(domains, pairs, settings.shots, 2 * n, settings.source_steps)
+    n = min(500, (fewest - settings.shots) // 2)
+    episode = sample_episode(domains, pairs, 2 * n, settings)
     if start is None:
         samples = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
         samples = [(name, None, x) for name, x in samples.items()]
     else:
         adapted = few_shot(start, lr, episode, settings.test_steps)
-        samples = [(None, steps, draw(theta, n)) for steps, theta in adapted]
+        samples = [(method, steps, draw(theta, n)) for steps, theta in adapted]
     targets = [list(domains.images).index(target) for _, target in pairs]
     return [(name, steps, x[:, :9].clone(), judge_samples(x, episode, targets, judge))
             for name, steps, x in samples]
 
 def meta_test(starts, judge, domains, settings):
-    """Test {method: (start, Adam's rates to try)} on held-out pairs, saved one by one.
-
-    Returns rows, a dict for every method, rate, pair, support and number of steps, and film,
-    {(method, rate, steps): some images [T, 9, 784]}.
-    """
-    pairs, rows, film = domains.test[:TEST_PAIRS], [], {}
+    """`test` {method: (start, lr)}: rows, a dict for every method, pair, support and number of steps,
+    and film, {(method, steps): some images}. Each result is saved before the next."""
+    rows, film = [], {}
     for seed in range(settings.test_seeds):
-        for method, (start, lrs) in {"no GAN": (None, [None]), **starts}.items():
-            for lr in lrs:
-                what = f"{method}, {lr}, support {seed + 1}"
-                measure = partial(test, start, lr, pairs, seed, judge, domains, settings)
-                for name, steps, images, judged in once(f"test of {what}", measure, settings):
-                    film.setdefault((name or method, lr, steps), images)
-                    for (source, target), metrics in zip(pairs, judged):
-                        rows.append({"method": name or method, "lr": lr, "seed": seed, "steps": steps,
-                                     "source": source, "target": target, **metrics})
+        for method, (start, lr) in starts.items():
+            measure = partial(test, method, start, lr, seed, judge, domains, settings)
+            for name, steps, images, judged in once(f"test {method} {seed}", measure, settings):
+                film.setdefault((name, steps), images)
+                for (source, target), metrics in zip(domains.test, judged):
+                    rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
+                                 "target": target, **metrics})
     return rows, film
 
 def interval(values):
-    """Mean and half the 95 % interval: Student's t of n - 1, approximated, good from n = 4 on."""
+    """Mean and half the 95 % interval: Student's t, approximated, good from 4 values on."""
     n = len(values)
     t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2 if n > 1 else math.nan
     return np.mean(values), t * np.std(values, ddof=min(1, n - 1)) / math.sqrt(n)
 
-def best_rate(rows, method, steps):
-    """The rows of a method after so many steps, with the rate of least Fréchet distance in them."""
-    by_rate = {}
-    for row in rows:
-        if (row["method"], row["steps"]) == (method, steps):
-            by_rate.setdefault(row["lr"], []).append(row)
-    return min(by_rate.values(), key=lambda own: sum(row["frechet"] for row in own), default=[])
-
-def print_tables(rows, test_steps):
-    """The METRICS: a line for each method, a column for each number of steps, mean ± interval."""
-    for metric, title in METRICS.items():
-        say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in test_steps))
-        digits = 0 if metric == "frechet" else 2
-        for method in dict.fromkeys(row["method"] for row in rows):
-            line = f"{method:24}"
-            for steps in (None, *test_steps):           # None: it takes no steps
-                values = [row[metric] for row in best_rate(rows, method, steps)]
-                if values:
-                    mean, half = interval(values)
-                    line += f"{mean:.{digits}f} ± {half:.{digits}f}".rjust(14)
-            say(line)
-
-def pooled_tables(folders):
-    """Print the tables of finished runs as one. They may differ in their seeds alone."""
+def print_tables(folders):
+    """The METRICS of finished runs that differ in their seeds alone: mean ± interval of them all."""
     rows, first = [], None
     for folder in dict.fromkeys(map(os.path.realpath, folders)):
         try:
@@ -675,8 +651,20 @@ def pooled_tables(folders):
             raise UserError(f"{folder} holds no report.json of a finished run") from error
         first = first or report
         refuse_differences(folder, first, report, "seed")
+    columns = first["settings"]["test_steps"]
     say(f"{first['domains']}, n = {sum(row['method'] == 'mean image' for row in rows)}")
-    print_tables(rows, first["settings"]["test_steps"])
+    for metric, title in METRICS.items():
+        say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
+        digits = 0 if metric == "frechet" else 2
+        for method in dict.fromkeys(row["method"] for row in rows):
+            line = f"{method:24}"
+            for steps in (None, *columns):              # None: it takes no steps
+                values = [row[metric] for row in rows
+                          if (row["method"], row["steps"]) == (method, steps)]
+                if values:
+                    mean, half = interval(values)
+                    line += f"{mean:.{digits}f} ± {half:.{digits}f}".rjust(14)
+            say(line)
 
 def picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1] as one enlarged picture."""
@@ -685,23 +673,22 @@ def picture(images, columns, zoom):
     small = torchvision.transforms.functional.to_pil_image(grid).convert("L")
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
-def filmstrip(rows, film, domains, settings):
+def filmstrip(film, domains, settings):
     """Every held-out target, adapted to step by step, by MT-GAN and by transfer."""
     targets = [target for _, target in domains.test[:TEST_PAIRS]]
-    shown = [(name, method) for name in dict.fromkeys(targets) for method in ("MT-GAN", "transfer")]
+    rows = list(itertools.product(dict.fromkeys(targets), ("MT-GAN", f"transfer, Adam {BASELINE_LRS[1]:g}")))
     columns, size, left = [None, *settings.test_steps], 184, 220
-    canvas = Image.new("L", (left + size * len(columns), 32 + size * len(shown)), 255)
+    canvas = Image.new("L", (left + size * len(columns), 32 + size * len(rows)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for i, (name, method) in enumerate(shown):
+    for i, (name, method) in enumerate(rows):
         label = "\n".join([*textwrap.wrap(name, 24)[-6:], method])
         pen.text((8, 32 + size * (i + 0.5)), label, 0, font, anchor="lm")
         for j, steps in enumerate(columns):
-            title = "support" if steps is None else f"{steps} steps"
+            title = "support" if steps is None else f"step {steps}"
             pen.text((left + size * (j + 0.5), 16), title, 0, font, anchor="mm")
-            of = "support repeated" if steps is None else method
-            lr = best_rate(rows, of, steps)[0]["lr"]
-            images = film[of, lr, steps][targets.index(name)]
-            canvas.paste(picture(images, 3, 2), (left + size * j, 32 + size * i))
+            images = film["support repeated" if steps is None else method, steps]
+            small = picture(images[targets.index(name)], 3, 2)
+            canvas.paste(small, (left + size * j, 32 + size * i))
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
@@ -710,36 +697,38 @@ HELD_OUT = 3                # classes of every data set that meta-training never
 PATIENCE = 20               # so many non-finite updates in a row end a run
 SAVE_SECONDS = 30           # from one saved state to the next
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-SIGNATURE = "mtgan.py"      # in every picture written here, so that it is not read as a user's
+SPECS = ("SPEC is mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
+         "class in each sub-folder; mnist:0-6,9 is some classes of it")
 
 def load_domains(settings):
     """The `Domains` of --source and --target; the last classes of each data set are held out."""
-    images, names, titles, held_out = {}, {}, {}, set()
-    for spec in [*settings.source, *settings.target]:
-        titles[spec], classes = load_dataset(spec, settings.data_dir)
-        names[spec] = [f"{titles[spec]} {label}" for label in classes]
-        held_out.update(names[spec][-min(HELD_OUT, max(1, len(classes) // 3)):])
-        for name, content in zip(names[spec], classes.values()):
-            if len(content) < settings.shots + 4:               # tested on 2 + 2 others
-                raise UserError(f"'{name}' has {len(content)} images, and --shots {settings.shots} "
-                                "takes 4 more than that: leave it out, as in mnist:0-6,9")
-            if not torch.equal(images.setdefault(name, content), content):
-                raise UserError(f"two different classes are called '{name}': rename a folder")
-    sources, targets = ([name for spec in side for name in names[spec]]
-                        for side in (settings.source, settings.target))
-    pairs = [(s, t) for s in dict.fromkeys(sources) for t in dict.fromkeys(targets) if s != t]
+    images, sides, titles, held_out = {}, ([], []), [], set()
+    for specs, side in zip((settings.source, settings.target), sides):
+        for spec in specs:
+            title, classes = load_dataset(spec, settings.data_dir)
+            named = {f"{title} {label}": content for label, content in classes.items()}
+            titles.append(title)
+            side.extend(named)
+            held_out.update(list(named)[-min(HELD_OUT, max(1, len(named) // 3)):])
+            for name, content in named.items():
+                if len(content) < settings.shots + 4:           # a test takes 2 + 2 others
+                    raise UserError(f"'{name}' has fewer than --shots + 4 = {settings.shots + 4} "
+                                    "images: leave it out, as in mnist:0-6,9")
+                if not torch.equal(images.setdefault(name, content), content):
+                    raise UserError(f"two different classes are called '{name}': rename a folder")
+    pairs = dict.fromkeys(pair for pair in itertools.product(*sides) if pair[0] != pair[1])
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = [pair for pair in pairs if held_out >= set(pair)]
     if not train or not test:
-        raise UserError("too few classes: a third of each data set, 3 at most, is held out to test "
-                        "on, and two different ones must be left on either side")
+        raise UserError("too few classes: a third of each data set, 3 at most, is held out, and two "
+                        "different ones must be left to train on and to test on")
     known = list(dict.fromkeys(name for side in zip(*train) for name in side))
-    return Domains(images, train, test, known, " and ".join(dict.fromkeys(titles.values())))
+    return Domains(images, train, test, known, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
     """A data set, or some classes as in mnist:0-6,9: its name, {class: uint8 [n, 784]}"""
-    listed = None if os.path.isdir(spec) else re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
-    name = listed[1] if listed else spec
+    listed = re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
+    name = listed[1] if listed and not os.path.isdir(spec) else spec
     if name in TORCHVISION:
         title, classes = load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
@@ -747,17 +736,15 @@ def load_dataset(spec, data_dir):
     elif os.path.isdir(name):
         title, classes = Path(name).resolve().name, load_folder(name)
     else:
-        raise UserError(f"unknown domain '{spec}': neither a folder nor mnist, fashion, kmnist, "
-                        "strokes or shapes; some classes are listed as in mnist:0-6,9")
-    numbers = range(len(classes))
-    if listed:
-        numbers = []
-        for low, high in re.findall(r"(\d+)-?(\d*)", listed[2]):
-            numbers += range(int(low), int(high or low) + 1) or [math.inf]
-    if max(numbers) >= len(classes):
-        raise UserError(f"'{spec}': {title} has the classes 0 to {len(classes) - 1}")
-    return title, {label: torch.as_tensor(images, device=torch.get_default_device())
-                   for number, (label, images) in enumerate(classes.items()) if number in numbers}
+        raise UserError(f"unknown domain '{spec}': {SPECS}")
+    if name == spec:
+        return title, classes
+    labels = []
+    for low, high in re.findall(r"(\d+)-?(\d*)", listed[2]):
+        if not int(low) <= int(high or low) < len(classes):
+            raise UserError(f"'{spec}': {title} has the classes 0 to {len(classes) - 1}")
+        labels += list(classes)[int(low):int(high or low) + 1]
+    return title, {label: classes[label] for label in labels}
 
 def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or the network, else a built-in whose name says so."""
@@ -765,18 +752,18 @@ def load_torchvision(name, data_dir):
     socket.setdefaulttimeout(20)
     try:
         parts = [kind(data_dir, train, download=True) for train in (True, False)]
+        for part in parts:
+            if part.data.shape != (len(part.targets), 28, 28):
+                raise ValueError(f"{len(part.targets)} labels, images {list(part.data.shape)}")
     except Exception as error:
-        if not isinstance(error, OSError) and "downloading" not in str(error):
-            raise UserError(f"the files of {where} are damaged: {error}") from error
+        message = " ".join(str(error).split())
+        if not isinstance(error, OSError) and "downloading" not in message:
+            raise UserError(f"the files of {where} are damaged: {message}; delete them") from error
         stand_in = "shapes" if name == "fashion" else "strokes"
-        say(f"WARNING: no {where}, and it cannot be downloaded ({' '.join(str(error).split())}).\n"
-            f"WARNING: the built-in '{stand_in}' stands in; figures on it prove nothing.", sys.stderr)
+        say(f"WARNING: no {where}, and no download ({message})\nWARNING: the built-in "
+            f"'{stand_in}' stands in for it; figures on it prove nothing", sys.stderr)
         return f"{stand_in} (stand-in for {name})", draw_built_in(stand_in)
-    for part in parts:
-        if part.data.shape != (len(part.targets), 28, 28):
-            raise UserError(f"the files of {where} hold images {list(part.data.shape)} and "
-                            f"{len(part.targets)} labels, not [n, 28, 28] and n; delete them")
-    images = torch.cat([part.data for part in parts]).flatten(1)
+    images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
     return name, {label: images[labels == number] for number, label in enumerate(names)}
@@ -798,12 +785,11 @@ def load_folder(folder):
     def natural(entry):                     # 2 comes before 10
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", entry.name)]
 
-    def read(directory, label):
+    def read(directory, label=None):
         for entry in sorted(os.scandir(directory), key=natural):
-            kind = "folder" if entry.is_dir() else Path(entry.name).suffix
+            if entry.name.startswith((".", "__", "@", "$")):
+                continue
             try:
-                if entry.name.startswith((".", "__", "@", "$")):
-                    continue
                 if not entry.is_dir():
                     classes.setdefault(label or "(loose)", []).append(read_image(entry.path))
                 elif label and entry.is_symlink():
@@ -813,28 +799,28 @@ def load_folder(folder):
             except UserError as error:
                 left_out[str(error)] += 1
             except Exception:               # Pillow raises whatever a damaged file makes it raise
-                left_out[f"unreadable {kind}"] += 1
+                left_out[f"unreadable {Path(entry.name).suffix or 'folder or file'}"] += 1
 
-    read(folder, "")
+    read(folder)
     if left_out:
         kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
         say(f"{folder}: left out {kinds}", sys.stderr)
     if not classes:
         raise UserError(f"there is no readable picture in '{folder}'")
-    return {label: np.stack(images) for label, images in classes.items()}
+    return {label: torch.tensor(np.stack(images)) for label, images in classes.items()}
 
 def read_image(path):
     """A picture of any size and mode as uint8 [784]: upright, grey, square, bright on dark."""
     with Image.open(path) as image:
-        if image.info.get("Software") == SIGNATURE:
-            raise UserError(f"drawn by {SIGNATURE}")
+        if image.info.get("Software") == "mtgan.py":
+            raise UserError("drawn by mtgan.py")
         if max(image.size) > 56 * min(image.size):
             raise UserError("too thin")
         # Made small first: a file of kilobytes can hold gigabytes. Palettes and 16 bits cannot be
         # averaged, so more of their pixels are kept.
         exact = image.mode in ("1", "P", "PA") or image.mode.startswith("I;")
-        size, how = (1024, Image.NEAREST) if exact else (256, Image.BOX)
-        image.thumbnail((size, size), how)
+        side, how = (1024, Image.NEAREST) if exact else (256, Image.BOX)
+        image.thumbnail((side, side), how)
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.nan_to_num(np.asarray(image, float))
@@ -860,12 +846,12 @@ def training(stage, steps, tensors, optimizers, settings):
     """Yield (step, numbers) for all steps of a training: the loop that every training shares.
 
     numbers takes what a step has to say, and whether its update was "finite". tensors and optimizers
-    are all that is changed, in place. They are saved, and randomness follows from (seed, stage,
-    step): after `kill -9` the same command goes on to the same bits.
+    are all that it changes, in place: they are saved, and after `kill -9` the same command goes on
+    to the same bits, as all that is random follows from (seed, stage, step).
     """
     path, first, skipped, in_a_row = Path(settings.out, "state", f"{stage}.pt"), 0, 0, 0
     if path.exists():
-        first, skipped, values, states = load_tensors(path)
+        first, skipped, values, states = load(path)
         for tensor, value in zip(tensors, values):
             tensor.data.copy_(value)
         for optimizer, state in zip(optimizers, states):
@@ -887,56 +873,59 @@ def training(stage, steps, tensors, optimizers, settings):
             shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             say(f"{stage} {done}/{steps}: {left:.0f} s left, {skipped} skipped, {shown}", sys.stderr)
             states = [optimizer.state_dict() for optimizer in optimizers]
-            save_tensors(path, (done, skipped, tensors, states))
+            save(path, torch.save, (done, skipped, tensors, states))
             saved = now
 
 def once(name, make, settings):
     """make(), or what it returned before the run was killed."""
     path = Path(settings.out, "state", f"{name}.pt")
     if not path.exists():
-        save_tensors(path, make())
-    return load_tensors(path)
+        save(path, torch.save, make())
+    return load(path)
 
-def save_tensors(path, value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_whole(path, buffer.getvalue())
-
-def load_tensors(path):
-    """What save_tensors wrote. Raises UserError where it is not there, damaged, or foreign."""
+def load(path):
+    """What torch.save wrote. Raises UserError where it is not there, damaged, or foreign."""
     try:
         return torch.load(path, map_location=torch.get_default_device(), weights_only=True)
     except Exception as error:              # torch.load raises whatever such a file makes it raise
         raise UserError(f"{path} is not there or damaged ({str(error):.80})") from error
 
-def write_whole(path, data):
-    """Under another name first: whoever looks finds the old file or the new one, whole."""
+def save(path, write, content):
+    """write(content, file) under another name first: whoever looks finds a file old or new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
+    write(content, temporary)
     os.replace(temporary, path)
 
-def write_picture(path, image):
-    buffer, info = io.BytesIO(), PngImagePlugin.PngInfo()
-    info.add_text("Software", SIGNATURE)
-    image.save(buffer, "PNG", pnginfo=info)
-    write_whole(path, buffer.getvalue())
+def write_text(content, path):
+    path.write_text(json.dumps(content, indent=1))
 
-def claim(out, but=""):
-    """Lock the folder for this process. Raises UserError unless it is empty or holds the file `but`."""
+def write_picture(image, path):
+    """Signed, so that it is never read as a user's."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", "mtgan.py")
+    image.save(path, "PNG", pnginfo=info)
+
+def claim(out, report=None):
+    """A lock on the folder, which must be empty or, with a report, hold a run of the same."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out / ".lock", timeout=0).acquire()
     except filelock.Timeout as error:
         raise UserError(f"another process is at work in {out}") from error
-    if any(out.glob("[!.]*")) and not (out / but).is_file():
+    path = out / "report.json"
+    if report and path.exists():
+        refuse_differences(out, json.loads(path.read_text()), report)
+    elif any(out.glob("[!.]*")):
         raise UserError(f"{out} is not empty: choose another --out")
+    elif report:
+        save(path, write_text, report)
     return lock
 
 def refuse_differences(folder, old, new, *free):
     """Two reports must be of one experiment: of the same settings, and of the same images."""
     same = old["images"] == new["images"]
-    free = {"out", "data_dir", *free, *(("source", "target") if same else ())}
+    free = {"out", "data_dir", *free, *(["source", "target"] if same else [])}
     for name, value in new["settings"].items():
         if name not in free and old["settings"].get(name) != value:
             raise UserError(f"{folder} has {name} {old['settings'].get(name)}, not {value}")
@@ -945,12 +934,8 @@ def refuse_differences(folder, old, new, *free):
 
 # 9  Command line ----------------------------------------------------------------------------------
 
-GO_ON_LR = 1e-4             # Adam's rate after the learned steps
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
            "feature_steps": 60, "judge_steps": 60}
-MODES = {"tables": {"tables"},
-         "adapt": {"adapt", "target", "data_dir", "out", "seed", "device", "kernel", "shots",
-                   "steps", "samples"}}
 
 def say(line, file=None):
     """Print. A reader who has left ends no run."""
@@ -968,37 +953,28 @@ def parse(argv):
                                      SPECS, argument_default=argparse.SUPPRESS)
     parser.error = refuse
     for setting in fields(Settings):
-        how = {"metavar": "N", "type": setting.type, **setting.metadata}
-        if setting.type is tuple:
-            how.update(nargs="+", type=str)
-        if setting.type is bool:
-            how = {"action": "store_true", **setting.metadata}
-        if "choices" in how:
-            del how["metavar"]
         if setting.metadata:
-            parser.add_argument("--" + setting.name.replace("_", "-"), **how)
+            parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        least = 0 if name in ("seed", "source_steps", "warm_steps") else 1e-9
-        if isinstance(value, (int, float)) and not value >= least:
-            refuse(f"--{name.replace('_', '-')} {value} is too small")
-    for mode, used in MODES.items():
-        if mode in given and given.keys() - used:
-            refuse(f"--{mode} makes no use of --" + " --".join(given.keys() - used))
+    used = {setting.name for setting in fields(Settings)} - {"steps", "samples"}
+    if "adapt" in given:
+        used = set("adapt target data_dir out seed device kernel shots steps samples".split())
+    if "tables" in given:
+        used = {"tables"}
+    if given.keys() - used:
+        refuse("of no use here: --" + ", --".join(given.keys() - used))
     if "adapt" in given and len(given.get("target", [])) != 1:
         refuse("--adapt needs one --target, such as a folder of pictures")
     settings = Settings(**given)
-    if given.keys() & MODES.keys():
-        return settings
-    if given.keys() & {"steps", "samples"}:
-        refuse("--steps and --samples go with --adapt")
-    settings.shots = settings.shots or 25
     specs = "-".join(map(slug, [*settings.source, *settings.target]))
     if settings.dry_run:
         specs, settings.test_steps = f"dry-run-{specs}", (0, 1, 2, 5)
         for name, most in DRY_RUN.items():
             setattr(settings, name, min(getattr(settings, name), most))
-    settings.out = f"runs/{specs}" if settings.out is None else settings.out
+    if "adapt" in given:
+        settings.shots = given.get("shots")     # None: as many as there are, up to the default
+    elif settings.out is None:
+        settings.out = f"runs/{specs}"
     return settings
 
 def slug(spec):
@@ -1012,41 +988,34 @@ def run(settings):
     for images in domains.images.values():
         digest.update(images.cpu().numpy())
     report = {"settings": asdict(settings), "domains": domains.title, "images": digest.hexdigest()}
-    report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
-    with claim(out, but="report.json"):
-        if path.exists():
-            refuse_differences(out, json.loads(path.read_text()), report)
-        else:
-            write_whole(path, json.dumps(report).encode())
+    report = json.loads(json.dumps(report))             # tuples become lists, as in the file
+    with claim(out, report):
         start, transfer = train_all(domains, settings)
         source = domains.images[domains.train[0][0]]
-        reseed(settings.seed, "deployment")
         sources = [some(source, settings.shots) for _ in range(settings.source_steps)]
         saved = {"start": start, "sources": sources, "domains": domains.title}
-        save_tensors(out / "mtgan.pt", saved)
+        save(out / "mtgan.pt", torch.save, saved)
         classes = list(domains.images)
         judge = train_classifier("judge", classes, settings.judge_steps, domains, settings)
-        reseed(settings.seed, "from scratch")
+        reseed(settings.seed, "scratch")
         scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-        starts = {"MT-GAN": (start, [GO_ON_LR]), "transfer": (transfer, settings.adam_lrs),
-                  "from scratch": (scratch, settings.adam_lrs)}
+        starts = {"no GAN": (None, None), "MT-GAN": (start, GO_ON_LR)}
+        for method, parameters in (("transfer", transfer), ("scratch", scratch)):
+            for lr in BASELINE_LRS:
+                starts[f"{method}, Adam {lr:g}"] = parameters, lr
         rows, film = meta_test(starts, judge, domains, settings)
-        write_picture(out / "adaptation.png", filmstrip(rows, film, domains, settings))
-        write_whole(path, json.dumps({**report, "rows": rows}, indent=1).encode())
-    pooled_tables([out])
+        save(out / "adaptation.png", write_picture, filmstrip(film, domains, settings))
+        save(out / "report.json", write_text, {**report, "rows": rows})
+    print_tables([out])
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(settings):
     """Adapt a finished run to a user's pictures; write samples.png and every sample as a PNG."""
     path, spec = Path(settings.adapt), settings.target[0]
-    path = path / "mtgan.pt" if path.is_dir() else path
-    saved = load_tensors(path)
-    own = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-    if [p.shape for p in own] != [p.shape for p in saved["start"][:-1]]:
-        raise UserError(f"{path} is of other networks")
+    saved = load(path / "mtgan.pt" if path.is_dir() else path)
     title, classes = load_dataset(spec, settings.data_dir)
     images = torch.cat(list(classes.values()))
-    shots = settings.shots or min(25, len(images))
+    shots = settings.shots or min(Settings.shots, len(images))
     if shots > len(images):
         raise UserError(f"--shots {shots}, but '{spec}' has {len(images)} images")
     reseed(settings.seed, "adapt")
@@ -1056,31 +1025,41 @@ def deploy(settings):
     samples = draw(theta, settings.samples)[0]                          # [samples, 784]
     if not samples.isfinite().all():
         raise UserError("the adaptation diverged: take fewer --steps or more --shots")
-    out = Path(settings.out or path.parent / f"adapted-{slug(spec)}")
+    home = path if path.is_dir() else path.parent
+    out = Path(settings.out or home / f"adapted-{slug(spec)}")
     with claim(out):
         for number, image in enumerate(samples):
-            write_picture(out / f"sample-{number:03}.png", picture(image, 1, 1))
-        write_picture(out / "samples.png", picture(samples, math.ceil(len(samples) ** 0.5), 3))
-    say(f"{out}: {settings.samples} samples, after {settings.steps} steps on {shots} images of {title} "
-        f"from a start that was trained on {saved['domains']}")
+            save(out / f"sample-{number:03}.png", write_picture, picture(image, 1, 1))
+        columns = math.ceil(len(samples) ** 0.5)
+        save(out / "samples.png", write_picture, picture(samples, columns, 3))
+    say(f"{out}: {len(samples)} samples, {settings.steps} steps on {shots} images of {title}, from a "
+        f"start that was trained on {saved['domains']}")
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, 2 for what a user can put right, or 130."""
     global KERNEL
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")        # for a console that lacks a letter
+        stream.reconfigure(errors="replace")            # for a console that lacks a letter
     try:
         settings = parse(argv)
         if settings.tables:
-            pooled_tables(settings.tables)
+            print_tables(settings.tables)
             return 0
-        KERNEL, device = settings.kernel, pick_device(settings.device)
-        torch.set_default_device(device)
+        device, KERNEL = settings.device, settings.kernel
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.set_default_device(device)
+            torch.ones(1).double().item()
+        except Exception as error:
+            raise UserError(f"--device {device} cannot be used here; try cpu") from error
         if KERNEL == "triton" and why_not_triton(device):
             raise UserError(f"--kernel triton: {why_not_triton(device)}")
         keep_memory()
-        (run if settings.adapt is None else deploy)(settings)
+        if settings.adapt is None:
+            run(settings)
+        else:
+            deploy(settings)
     except (UserError, OSError) as error:
         say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
@@ -1088,16 +1067,6 @@ def main(argv=None):
         say("interrupted; the same command goes on", sys.stderr)
         return 130
     return 0
-
-def pick_device(name):
-    """The device of that name, 'auto' being a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.ones(1, device=name).double().item()
-        return torch.device(name)
-    except Exception as error:
-        raise UserError(f"device '{name}' cannot be used here; try --device cpu") from error
 
 if __name__ == "__main__":
     sys.exit(main())
