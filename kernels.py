@@ -157,6 +157,7 @@ def why_not_triton(device):
     """Why Triton cannot run on a device, in one line; None where it can."""
     if triton is None:
         return "triton is not installed: use backend='torch' or 'auto'"
+    # On a CPU there is only an interpreter. With it not even Triton's own library is compiled.
     interpreted = not isinstance(tl.sum, triton.JITFunction)
     if torch.device(device).type != "cuda" and not interpreted:
         return f"triton cannot run on {device} without TRITON_INTERPRET=1: use backend='torch'"
@@ -202,7 +203,7 @@ def draw(T, B, K, N, device, dtype=torch.float32):
 
 def run(order, backend, operands, y=None):
     """The result of L; if order > 0 its gradients too, and if order > 1 the gradients of those."""
-    x, weight, bias, g = operands
+    x, weight, bias, g = [v.view_as(v) for v in operands]    # as in training, where few are leaves
     results = [L.apply(x, weight, bias, y, 0.2, backend)]
     if order > 0:
         results += torch.autograd.grad(results, [x, weight, bias], g, create_graph=order > 1)
@@ -240,13 +241,12 @@ def resources(capabilities=(80, 90, 100)):
         kernels.append(triton.JITFunction.run(product_kernel, *values, warmup=True, **options))
 
     product_kernel.run = compile_only
-    for capability, precision, dtype, T in itertools.product(
-            capabilities, ["ieee", "tf32"], [torch.float32, torch.float64], [1, 16]):
+    for capability, precision, T in itertools.product(capabilities, ["ieee", "tf32"], [1, 16]):
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         triton.runtime.driver.set_active(Mock(get_current_target=lambda: target))
         torch.backends.cuda.matmul.fp32_precision = precision
         kernels.clear()
-        run(2, "triton", draw(T, 64, 512, 512, "meta", dtype))
+        run(2, "triton", draw(T, 64, 512, 512, "meta"))
         used = []
         for kernel in set(kernels):
             cache = triton.runtime.cache.get_cache_manager(kernel.hash)
@@ -254,7 +254,7 @@ def resources(capabilities=(80, 90, 100)):
                                             cache.get_file("product_kernel.cubin")], text=True)
             registers, stack, local = map(int, re.findall(r"(?:REG|STACK|LOCAL):(\d+)", text))
             used.append((registers, kernel.metadata.shared, stack + local))
-        yield (capability, precision, str(dtype), T, *map(max, zip(*used)))
+        yield capability, precision, T, *map(max, zip(*used))
 
 
 if __name__ == "__main__":
@@ -266,5 +266,5 @@ if __name__ == "__main__":
         measure("cpu", tasks=[1], orders=[2])
     else:
         for row in resources():
-            print("sm_{}, {}, {}, T = {}: {} registers, {} bytes shared, {} spilled".format(*row))
+            print("sm_{}, {}, T = {}: {} registers, {} bytes shared, {} spilled".format(*row))
         subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"})

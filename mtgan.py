@@ -14,7 +14,7 @@ tells how far images of an adapted G are from others of its target, the *query*;
 step changes the initialisation. *MAML* follows the gradient of that score through all inner steps:
 it asks for a start that learns fast. *Reptile* goes where the inner steps have led, without any
 derivative: it asks for a start that is near. By default an outer step adds both. Most targets are
-made up anew for every episode (section 5): the few real ones would be learned by heart. The source
+drawn anew for every episode (section 5): the few real ones would be learned by heart. The source
 enters by the warm start, GAN training on both sides, and by --source-steps of its own.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
@@ -23,7 +23,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
                       L_G = mean softplus(-D(G(z)))
     (2) inner step    phi'   = phi   - a_phi   dL_D/dphi        theta held constant
                       theta' = theta - a_theta dL_G/dtheta      the same z, phi' held constant
-    (3) outer step    start <- start - optimiser(g/|g| + r/|r|)
+    (3) outer step    start <- start - Adam(g/|g| + r/|r|), in which the sum gets length one
                       g = d score(theta_k) / d start            MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
 
@@ -42,21 +42,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
 from torch.autograd import grad
+from torchvision.transforms import v2
 
 from kernels import fused_linear, keep_memory, why_not_triton
 
-def option(default, text, least=1e-9, **how):
+def option(default, text, **how):
     """A setting that is an option of the command line; how: what argparse shall know of it."""
-    def number(text):
-        value = type(default)(text)
-        if not least <= value < math.inf:
-            raise ValueError
-        return value
-
     if type(default) in (int, float):
-        how = {"type": number, "metavar": "N"}
+        how = {"type": type(default), "metavar": "N"}
     return field(default=default, metadata={"help": text, **how})
 
 @dataclass
@@ -66,16 +61,16 @@ class Settings:
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or are downloaded to", metavar="DIR")
     out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
-    seed: int = option(0, "decides all that is random (0)", least=0)
+    seed: int = option(0, "decides all that is random (0)")
     device: str = option("auto", "auto, cpu, cuda, cuda:1 ...", metavar="NAME")
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(25, "support images of a task (25)")
-    source_steps: int = option(0, "inner steps on the source, before the others (0)", least=0)
+    shots: int = option(25, "support images of a task (25; --adapt: all, if there are fewer)")
+    source_steps: int = option(0, "inner steps on the source, before the others (0)")
     inner_steps: int = option(10, "inner steps on the support (10)")
     inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth (0.1)")
-    warm_steps: int = option(9000, "steps of ordinary GAN training to start from (9000)", least=0)
+    warm_steps: int = option(9000, "steps of ordinary GAN training to start from (9000)")
     meta_steps: int = option(1300, "episodes (1300)")
     meta_batch: int = option(4, "tasks of an episode (4)")
     meta_lr: float = option(5e-4, "outer learning rate (5e-4)")
@@ -84,13 +79,16 @@ class Settings:
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
     steps: int = option(100, "steps of --adapt (100)")
     samples: int = option(64, "images that --adapt generates (64)")
-    # No options; --dry-run makes them smaller.
-    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)
-    feature_steps: int = 1500   # of the classifier whose features score
-    judge_steps: int = 500      # of the classifier that judges
+    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)      # no option
+    judge_steps: int = 500                                      # no option
 
 class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
+
+def require(fine, message):
+    """Raise a UserError unless all is fine."""
+    if not fine:
+        raise UserError(message)
 
 # 1  Networks: pure functions of their parameters --------------------------------------------------
 
@@ -129,8 +127,6 @@ def noise(tasks, n):
 
 # 2  The game, and a score that cannot be talked out of anything -----------------------------------
 
-FEATURE_WEIGHT = 3.0        # of features in the score, next to pixels and edges
-
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
@@ -145,10 +141,9 @@ def energy_distance(x, y):
     In expectation least, and 0, where both have one distribution (Székely and Rizzo 2013; for GANs
     Bellemare et al. 2017, arXiv 1705.10743). No image is compared with itself.
     """
-    n = x.shape[1]
-    images = torch.cat([x, y], 1)                                       # [T, n + m, d]
+    n, images = x.shape[1], torch.cat([x, y], 1)                        # [T, n + m, d]
     square = images.square().sum(-1)
-    # |a - b|² = |a|² + |b|² - 2 ab: one product for all pairs. Rounding can make it negative.
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 ab: one product for all pairs. Rounding can make it negative.
     squared = torch.baddbmm(square.unsqueeze(1) + square.unsqueeze(2), images, images.mT, alpha=-2)
     itself = torch.eye(images.shape[1], dtype=torch.bool)
     distance = squared.clamp(min=1e-12).sqrt().masked_fill(itself, 0)   # [T, n + m, n + m]
@@ -164,13 +159,13 @@ def edges(images):
     square = images.unflatten(-1, (28, 28))
     return torch.cat([square.diff(dim=-1).flatten(2), square.diff(dim=-2).flatten(2)], 2)
 
-def outer_score(views, fake, query):
-    """How far generated images [T, n, 784] are from real ones, in some views of them  # [T]
+def score(fake, query):
+    """How far generated images are from real ones: energy distances of pixels and of edges  # [T]
 
     If D gave this score, G could lower it by spoiling D. No D takes part, so the outer gradient may
     run through both players: phi_0 learns to be a D that teaches G fast.
     """
-    return sum(energy_distance(view(fake), view(query)) for view in views)
+    return energy_distance(fake, query) + energy_distance(edges(fake), edges(query))
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------------------
 
@@ -215,7 +210,7 @@ class Episode(NamedTuple):
     support: torch.Tensor   # [T, shots, 784]
     query: torch.Tensor     # [T, queries, 784], none of them in the support
 
-def meta_gradient(leaves, episode, algorithm, score):
+def meta_gradient(leaves, episode, algorithm, score=score):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
@@ -257,55 +252,19 @@ def unit(tensors):
     length = torch.nn.utils.get_total_norm(tensors)
     return [t / length for t in tensors]
 
-def orthogonal(matrix, iterations=5):
-    """About U V' of the singular value decomposition U S V' of [1, N, K], by products alone.
-
-    The iteration of Newton and Schulz applies a polynomial to S that brings every value from 0.2 %
-    of the norm on to between 0.7 and 1.2 (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
-    """
-    # torch.optim.Muon is always in bfloat16: very slow on a processor without units for it.
-    fast = matrix.is_cuda or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    x = (matrix / matrix.norm().clamp(min=1e-7)).to(torch.bfloat16 if fast else matrix.dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    for _ in range(iterations):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return (x.mT if tall else x).to(matrix.dtype)
-
-class Muon(torch.optim.Optimizer):
-    """All directions of a matrix learn equally fast, not the steepest alone (the same page)."""
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for leaf in group["params"]:
-                average = self.state[leaf].setdefault("average", torch.zeros_like(leaf))
-                average.lerp_(leaf.grad, 0.2)
-                ahead = leaf.grad.lerp(average, 0.8)                # Nesterov's momentum
-                size = group["lr"] * max(leaf.shape) ** 0.5         # entries as large as Adam's
-                leaf.sub_(size * orthogonal(ahead))
-
-def outer_optimizers(leaves, lr):
-    """Muon for the matrices; Adam for biases, D's last weight, and the rates' logarithms."""
-    matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
-    vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
-    rates = {"params": leaves[-1:], "lr": 12.5 * lr}        # a logarithm must move faster
-    adam = torch.optim.Adam([{"params": vectors}, rates], lr, betas=(0.5, 0.999), fused=True)
-    return [Muon(matrices, {"lr": lr}), adam]
-
-# 5  Tasks: pairs of domains, known or made up -----------------------------------------------------
+# 5  Tasks: pairs of domains, known or drawn -------------------------------------------------------
 
 QUERIES = 64                # target images that score an adapted generator
-DRAWN = 0.7                 # share of the made-up domains that are drawn, not known ones changed
+DRAWN = 0.7                 # share of the targets that are drawn, not known classes
 FILLED = 0.4                # share of those whose images have no background, as bold letters
+CHANGE = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([v2.RandomAffine(
+    180, (0.08, 0.08), (0.8, 1.3), 15, interpolation=v2.InterpolationMode.BILINEAR)], p=0.75)])
 
 class Domains(NamedTuple):
     """All images of a run, and the pairs (source class, target class) of them."""
     images: dict            # 'mnist 7' -> uint8 [n, 784], bright on dark
     train: list             # pairs to meta-train on
     test: list              # pairs of classes that are held out from all training
-    known: list             # the classes of the former
     title: str              # 'mnist and fashion'
 
 def some(images, n):
@@ -322,44 +281,22 @@ def sample_images(domains, classes, n):
     return torch.stack([some(domains.images[name], n) for name in classes])
 
 def sample_episode(domains, pairs, queries, settings, change=None):
-    """The `Episode` of tasks given as pairs; change: what makes new domains of the targets."""
+    """The `Episode` of tasks given as pairs; change: what makes other domains of the targets."""
     sources, targets = zip(*pairs)
     shots = settings.shots
     batches = [sample_images(domains, sources, shots) for _ in range(settings.source_steps)]
     images = sample_images(domains, targets, shots + queries)
-    if change:
-        _, others = zip(*pick(domains.train, len(pairs)))
-        images = change(images, sample_images(domains, others, shots + queries))
+    images = change(images) if change else images
     return Episode(batches, images[:, :shots], images[:, shots:])
 
-def uniform(tasks, low=0.0, high=1.0):
-    """A random number for every task  # [T, 1, 1, 1]"""
-    return low + (high - low) * torch.rand(tasks, 1, 1, 1)
-
-def changed(images, other):
-    """A new domain of a known one: the same random changes for all images of a task [T, n, 784].
-
-    Turns, mirroring, slant, size, place, contrast, and images of an `other` class mixed in: a few
-    classes are learned by heart, many variations of them teach to adapt.
-    """
+def made_up(images):
+    """New domains of known ones [T, n, 784]: most are replaced by drawn ones, half of them with a
+    pen; then all of a task's images are turned, slanted, moved and sized alike."""
     tasks, n, _ = images.shape
-
-    mixed = (uniform(tasks) < 0.3) & (torch.rand(tasks, n, 1, 1) < 0.5)
-    mixture = torch.where(mixed.flatten(2), other, images)
-    light = (mixture.view(tasks, n, 28, 28) + 1) / 2
-    angle = math.pi / 2 * uniform(tasks, 0, 4).floor() + uniform(tasks, -0.35, 0.35)
-    cos, sin, slant = angle.cos(), angle.sin(), uniform(tasks, -0.3, 0.3)
-    width, height = uniform(tasks, -0.25, 0.25).exp(), uniform(tasks, -0.25, 0.25).exp()
-    # From a place in the result to the one in the image: size and slant, then a turn.
-    across = [cos * width, cos * slant - sin * height, uniform(tasks, -0.15, 0.15)]
-    down = [sin * width, sin * slant + cos * height, uniform(tasks, -0.15, 0.15)]
-    matrix = torch.stack([*across, *down], 1).view(tasks, 2, 3)
-    grid = F.affine_grid(matrix, light.shape, align_corners=False)
-    warped = F.grid_sample(light, grid, align_corners=False)        # a task's images are channels
-    warped = torch.where(uniform(tasks) < 0.5, warped.flip(-1), warped)
-    light = torch.where(uniform(tasks) < 0.75, warped, light).clamp(0, 1)
-    bent = light ** uniform(tasks, -0.75, 0.75).exp()
-    return torch.where(uniform(tasks) < 0.3, bent, light).flatten(2) * 2 - 1
+    filled = torch.rand(tasks) < FILLED
+    drawn = level_sets((torch.rand(tasks) < 0.5) & ~filled, filled, n)
+    images = torch.where(torch.rand(tasks, 1, 1) < DRAWN, drawn, images).view(tasks, n, 28, 28)
+    return torch.stack([CHANGE((own + 1) / 2) for own in images]).flatten(2) * 2 - 1
 
 def level_sets(pen, filled, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
@@ -368,8 +305,10 @@ def level_sets(pen, filled, n):
     characters; `filled` ones have no background. Known classes can be recognised; what is drawn
     never returns, and has to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
     """
-    tasks = len(pen)
-    pen, filled = pen.view(-1, 1, 1, 1), filled.view(-1, 1, 1, 1)
+    tasks, pen, filled = len(pen), pen.view(-1, 1, 1, 1), filled.view(-1, 1, 1, 1)
+
+    def uniform(low, high):         # [T, 1, 1, 1]
+        return low + (high - low) * torch.rand(tasks, 1, 1, 1)
 
     def smooth(images, cells):      # [T, images, 28, 28]
         grid = torch.randn(tasks, images, cells, cells)
@@ -377,44 +316,31 @@ def level_sets(pen, filled, n):
 
     design = smooth(1, 6) + 0.5 * smooth(1, 4)                              # [T, 1, 28, 28]
     mirrored = (design + design.flip(-1)) / 2 ** 0.5
-    design = torch.where(uniform(tasks) < 0.5, mirrored, design)
-    field = design + (0.1 + 0.6 * uniform(tasks) ** 2) * smooth(n, 5)        # [T, n, 28, 28]
+    design = torch.where(uniform(0, 1) < 0.5, mirrored, design)
+    field = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)        # [T, n, 28, 28]
     line = torch.linspace(-1, 1, 28)
-    island = uniform(tasks, 1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)
-    field = torch.where(filled, field, field + island)          # higher in the middle
+    island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)    # high in the middle
+    field = torch.where(filled, field, field + island)
     down = field.diff(dim=-2, prepend=field[..., :1, :])
     across = field.diff(dim=-1, prepend=field[..., :1])
     inside = field / (torch.hypot(down, across) + 0.05)         # about the pixels to the outline
-    stroke = uniform(tasks, 0.8, 2) - inside.abs()
+    stroke = uniform(0.8, 2) - inside.abs()
     cover = torch.where(pen, stroke, inside).mul(2).sigmoid()
-    relief = uniform(tasks, 0.4, 1) * (1 + 0.35 * smooth(n, 4) + 0.35 * smooth(1, 8))
+    relief = uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4) + 0.35 * smooth(1, 8))
     light = torch.where(pen | filled, 1, relief.clamp(min=0.1))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
-
-def thin(images):
-    """Whether images [T, 784] are strokes: erosion by two pixels leaves under 5 % of the light."""
-    light = (images.view(-1, 1, 28, 28) + 1) / 2
-    eroded = -F.max_pool2d(-light, 5, 1, padding=2)
-    return eroded.sum((1, 2, 3)) < 0.05 * light.sum((1, 2, 3))
-
-def made_up(images, other):
-    """A new domain for every task: the known one changed, or a drawn one, like it in kind."""
-    filled = torch.rand(len(images)) < FILLED
-    drawn = level_sets(thin(images[:, 0]) & ~filled, filled, images.shape[1])
-    return changed(torch.where(torch.rand(len(images), 1, 1) < DRAWN, drawn, images), other)
 
 # 6  Training: `training`, in section 8, hides what is no mathematics ------------------------------
 
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
-AVERAGE = 0.98              # decay of the moving averages
 
-def update(optimizers, leaves, gradients, longest=math.inf):
-    """The optimisers' step with gradients of at most this norm; none unless all are finite."""
-    for leaf, gradient in zip(leaves, gradients):
-        leaf.grad = gradient.contiguous()       # fused Adam misreads a transposed one, silently
-    finite = torch.nn.utils.clip_grad_norm_(leaves, longest).isfinite().item()
+def update(optimizers, leaves, gradients):
+    """The optimisers' step with these gradients; none unless all of them are finite."""
+    finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
     if finite:
+        for leaf, gradient in zip(leaves, gradients):
+            leaf.grad = gradient.contiguous()   # fused Adam misreads a transposed one, silently
         for optimizer in optimizers:
             optimizer.step()
     return finite
@@ -436,43 +362,37 @@ def gan_step(leaves, optimizers, real, fakes):
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
 def train_gan(stage, start, steps, made_up_from, domains, settings):
-    """Ordinary GAN training on all meta-training classes together and, from a step on, on domains
+    """Ordinary GAN training on all meta-training classes together and, from a step on, on tasks
     made up of them. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = gan_optimizers(leaves, 2e-4)
+    known = sorted({name for pair in domains.train for name in pair})
     for step, numbers in training(stage, steps, leaves, optimizers, settings):
         tasks = GAN_BATCH if step < made_up_from else 4
-        classes = pick(domains.known, 2 * tasks)
-        images, other = sample_images(domains, classes, GAN_BATCH // tasks).chunk(2)
-        images = images if step < made_up_from else made_up(images, other)
+        images = sample_images(domains, pick(known, tasks), GAN_BATCH // tasks)
+        images = images if step < made_up_from else made_up(images)
         real = images.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
 
-def meta_train(start, score, queries, domains, settings):
-    """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]:
-    their moving average, which is the initialisation to use."""
+def meta_train(start, queries, domains, settings):
+    """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
     rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])    # D is the quicker one to diverge
     log_rates = rates.log().repeat(settings.source_steps + settings.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
-    average = [leaf.detach().clone() for leaf in leaves]
-    optimizers, steps = outer_optimizers(leaves, settings.meta_lr), settings.meta_steps
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for step, numbers in training("meta-training", steps, leaves + average, optimizers, settings):
-        for group in groups:                                    # falls to 0 in the second half
-            highest = group.setdefault("highest", group["lr"])
-            group["lr"] = highest * min(1, 2 - 2 * step / steps)
+    groups, steps = [{"params": leaves[:-1]}, {"params": leaves[-1:]}], settings.meta_steps
+    adam = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
+    for step, numbers in training("meta-training", steps, leaves, [adam], settings):
+        lr = settings.meta_lr * min(1, 2 - 2 * step / steps)    # falls to 0 in the second half
+        adam.param_groups[0]["lr"] = lr
+        adam.param_groups[1]["lr"] = 12.5 * lr                  # a logarithm must move faster
         pairs = pick(domains.train, settings.meta_batch)
         episode = sample_episode(domains, pairs, queries, settings, made_up)
-        loss, gradient = meta_gradient(leaves, episode, settings.algorithm, score)
-        # Two unit directions add up to more than length one, unless they are over 120° apart: the
-        # limit gives nearly all outer gradients that length, and none outweighs the others.
-        finite = update(optimizers, leaves, gradient, longest=1.0)
-        with torch.no_grad():
-            leaves[-1].clamp_(max=math.log(MAX_RATE))
-            torch._foreach_lerp_(average, leaves, 1 - AVERAGE)
+        loss, gradient = meta_gradient(leaves, episode, settings.algorithm)
+        finite = update([adam], leaves, unit(gradient))         # no episode outweighs the others
+        leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
-    return average
+    return leaves
 
 def train_all(domains, settings):
     """The warm start, its last third on made-up domains; then transfer and meta-training from it.
@@ -489,30 +409,23 @@ def train_all(domains, settings):
     seen = settings.shots * (settings.source_steps + 1) + queries       # images of a task
     steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
     transfer = train_gan("transfer", warm, steps, 0, domains, settings)
-    steps = settings.feature_steps
-    classifier = train_classifier("features", domains.known, steps, domains, settings)
-
-    def features(images):       # [T, n, 784] -> [T, n, 64]
-        return FEATURE_WEIGHT * classifier[0](images.flatten(0, 1)).unflatten(0, images.shape[:2])
-
-    score = partial(outer_score, [torch.nn.Identity(), edges, features])
-    return meta_train(warm, score, queries, domains, settings), transfer
+    return meta_train(warm, queries, domains, settings), transfer
 
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
 
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
-GO_ON_LR = 1e-4             # of Adam after the learned steps
-BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # of Adam without learned steps: a line each in the tables
-METRICS = {"frechet": "Fréchet distance on the judge's features (lower is better)",
-           "recognised": "share recognised as the target class (higher is better)",
-           "nearest": "distance to the nearest support image (real images: 1)"}
+GO_ON_LR = 1e-4             # Adam's rate after the learned steps
+BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # Adam's without learned steps, a line each in the tables
+METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
+           "recognised": "share that the judge takes for the target, higher is better",
+           "nearest": "distance to the nearest support image, of real images 1"}
 
 def few_shot(start, lr, episode, test_steps):
     """Adapt a GAN to an episode's support. Yields (steps, theta) for the test_steps, ascending.
 
-    start: [*theta, *phi] for Adam at the rate lr, or [*theta, *phi, log_rates]: learned inner steps
-    first. Of Adam's steps theta is an average, in which later ones count more: the players circle
-    around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
+    start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
+    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average in which the later ones count
+    more, for the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
     leaves = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     rates = start[16].detach().exp() if len(start) > 16 else []
@@ -523,19 +436,13 @@ def few_shot(start, lr, episode, test_steps):
         if steps in test_steps:
             yield steps, theta
     leaves = [p.detach().clone().requires_grad_() for p in leaves]
-    optimizers = gan_optimizers(leaves, lr)
-    average = [p.detach().clone() for p in leaves[:8]]
+    optimizers, average = gan_optimizers(leaves, lr), [p.detach().clone() for p in leaves[:8]]
     for count, real in enumerate(batches[len(rates):], 1):
         gan_step(leaves, optimizers, real, FAKES)
         with torch.no_grad():
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
         if steps + count in test_steps:
             yield steps + count, average
-
-@torch.no_grad()
-def draw(theta, n):
-    """n images for every task  # [T, n, 784]"""
-    return generator(theta, noise(len(theta[0]), n))
 
 def without_a_gan(support, n):
     """What a sceptic tries first with the support [T, shots, 784]: {name: [T, n, 784]}"""
@@ -550,28 +457,23 @@ def without_a_gan(support, n):
             "pairwise mix": share * first + (1 - share) * second,
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
-def train_classifier(stage, classes, steps, domains, settings):
-    """A small CNN, [n, 784] -> features [n, 64] -> logits. No strides: they let speckle pass.
-
-    The 'judge' knows all classes: it measures, and no GAN is trained on it. The 'features' of the
-    score know meta-training's classes alone, and these `changed`.
-    """
-    reseed(settings.seed, stage)
-    nn = torch.nn
-    features = nn.Sequential(
+def train_judge(domains, settings):
+    """A CNN, [n, 784] -> features [n, 64] -> logits. It knows all classes, and trains no GAN."""
+    reseed(settings.seed, "judge")
+    names, nn = list(domains.images), torch.nn
+    features = nn.Sequential(       # no strides: they would let speckle pass
         nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
         nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(1568, 64), nn.ReLU())
-    classifier = nn.Sequential(features, nn.Linear(64, len(classes)))
-    leaves = list(classifier.parameters())
+    judge = nn.Sequential(features, nn.Linear(64, len(names)))
+    leaves = list(judge.parameters())
     adam = torch.optim.Adam(leaves, 1e-3)
-    for _, numbers in training(stage, steps, leaves, [adam], settings):
-        labels = torch.randint(len(classes), (128,))
-        x = sample_images(domains, [classes[label] for label in labels], 1)     # [128, 1, 784]
-        x = x if stage == "judge" else changed(x, x)
-        loss = F.cross_entropy(classifier(x.squeeze(1)), labels)
+    for _, numbers in training("judge", settings.judge_steps, leaves, [adam], settings):
+        labels = torch.randint(len(names), (128,))
+        x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)    # [128, 784]
+        loss = F.cross_entropy(judge(x), labels)
         numbers.update(finite=update([adam], leaves, grad(loss, leaves)), loss=loss.item())
-    return classifier.requires_grad_(False)
+    return judge.requires_grad_(False)
 
 def frechet_distance(a, b):
     """Of Gaussians fitted to a [n, d] and b [m, d]: |mean - mean|^2 + tr(A + B - 2 (A B)^1/2)"""
@@ -587,10 +489,8 @@ def frechet_distance(a, b):
     return distance.clamp(min=0).item()
 
 def judge_samples(samples, episode, targets, judge):
-    """The METRICS of each task's samples [n, 784], as dicts; targets: numbers of classes.
-
-    The query's first half are real images to compare with, the second half is the reference.
-    """
+    """The METRICS of each task's samples [n, 784], as dicts. Of the query, the first half are real
+    images to compare with, the second the reference. targets: numbers of classes."""
     judged = []
     for x, support, query, target in zip(samples, episode.support, episode.query, targets):
         fresh, reference = query.chunk(2)
@@ -602,69 +502,58 @@ def judge_samples(samples, episode, targets, judge):
                        "recognised": recognised.double().mean().item(), "nearest": nearest.item()})
     return judged
 
-def test(method, start, lr, seed, judge, domains, settings):
-    """A start, or all that needs no GAN where it is None, on held-out pairs and images that depend on
-    the seed alone: [(name, steps, some images [T, 9, 784], METRICS for every pair)]"""
-    reseed(settings.seed, "test", seed)
-    pairs = domains.test[:TEST_PAIRS]
+def meta_test(starts, judge, domains, settings):
+    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images: rows, a dict for
+    every method, pair, support and number of steps, and film, {(method, steps): [T, 9, 784]}."""
+    pairs, rows, film = domains.test[:TEST_PAIRS], [], {}
+    targets = [list(domains.images).index(target) for _, target in pairs]
     fewest = min(len(domains.images[target]) for _, target in pairs)
     n = min(500, (fewest - settings.shots) // 2)
-    episode = sample_episode(domains, pairs, 2 * n, settings)
-    if start is None:
-        samples = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
-        samples = [(name, None, x) for name, x in samples.items()]
-    else:
-        adapted = few_shot(start, lr, episode, settings.test_steps)
-        samples = [(method, steps, draw(theta, n)) for steps, theta in adapted]
-    targets = [list(domains.images).index(target) for _, target in pairs]
-    return [(name, steps, x[:, :9].clone(), judge_samples(x, episode, targets, judge))
-            for name, steps, x in samples]
 
-def meta_test(starts, judge, domains, settings):
-    """`test` {method: (start, lr)}: rows, a dict for every method, pair, support and number of steps,
-    and film, {(method, steps): some images}. Each result is saved before the next."""
-    rows, film = [], {}
-    for seed in range(settings.test_seeds):
-        for method, (start, lr) in starts.items():
-            measure = partial(test, method, start, lr, seed, judge, domains, settings)
-            for name, steps, images, judged in once(f"test {method} {seed}", measure, settings):
-                film.setdefault((name, steps), images)
-                for (source, target), metrics in zip(domains.test, judged):
-                    rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
-                                 "target": target, **metrics})
+    def test(method, seed):
+        reseed(settings.seed, "test", seed)
+        episode = sample_episode(domains, pairs, 2 * n, settings)
+        plain = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
+        samples = [(name, None, x) for name, x in plain.items()]
+        if method in starts:
+            adapted = few_shot(*starts[method], episode, settings.test_steps)
+            samples = [(method, steps, generator(theta, noise(len(pairs), n)).detach())
+                       for steps, theta in adapted]
+        return [(name, steps, x[:, :9].clone(), judge_samples(x, episode, targets, judge))
+                for name, steps, x in samples]
+
+    for seed, method in itertools.product(range(settings.test_seeds), ("no GAN", *starts)):
+        tested = once(f"test {method} {seed}", partial(test, method, seed), settings)
+        for name, steps, images, judged in tested:
+            film.setdefault((name, steps), images)
+            for (source, target), metrics in zip(pairs, judged):
+                rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
+                             "target": target, **metrics})
     return rows, film
 
-def interval(values):
-    """Mean and half the 95 % interval: Student's t, approximated, good from 4 values on."""
-    n = len(values)
-    t = 1.96 + 2.37 / (n - 1) + 2.82 / (n - 1) ** 2 if n > 1 else math.nan
-    return np.mean(values), t * np.std(values, ddof=min(1, n - 1)) / math.sqrt(n)
-
 def print_tables(folders):
-    """The METRICS of finished runs that differ in their seeds alone: mean ± interval of them all."""
-    rows, first = [], None
-    for folder in dict.fromkeys(map(os.path.realpath, folders)):
-        try:
-            report = json.loads(Path(folder, "report.json").read_text())
-            rows += report["rows"]
-        except (OSError, ValueError, LookupError) as error:
-            raise UserError(f"{folder} holds no report.json of a finished run") from error
-        first = first or report
-        refuse_differences(folder, first, report, "seed")
-    columns = first["settings"]["test_steps"]
-    say(f"{first['domains']}, n = {sum(row['method'] == 'mean image' for row in rows)}")
+    """The METRICS of runs that differ in their seeds alone: mean ± half the 95 % interval."""
+    reports = [load(Path(folder, "report.json")) for folder in dict.fromkeys(folders)]
+    for folder, report in zip(dict.fromkeys(folders), reports):
+        refuse_differences(folder, reports[0], report, "seed")
+    rows = [row for report in reports for row in report["rows"]]
+    columns = reports[0]["settings"]["test_steps"]
+    say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'mean image' for row in rows)}")
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
-        digits = 0 if metric == "frechet" else 2
         for method in dict.fromkeys(row["method"] for row in rows):
             line = f"{method:24}"
             for steps in (None, *columns):              # None: it takes no steps
                 values = [row[metric] for row in rows
                           if (row["method"], row["steps"]) == (method, steps)]
-                if values:
-                    mean, half = interval(values)
-                    line += f"{mean:.{digits}f} ± {half:.{digits}f}".rjust(14)
+                line += f"{interval(values):>14}" if values else ""
             say(line)
+
+def interval(values):
+    """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
+    mean, more = np.mean(values), max(len(values) - 1, 1e-9)
+    half = (1.96 + 2.37 / more + 2.82 / more ** 2) * np.std(values) / more ** 0.5
+    return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
 
 def picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1] as one enlarged picture."""
@@ -676,75 +565,70 @@ def picture(images, columns, zoom):
 def filmstrip(film, domains, settings):
     """Every held-out target, adapted to step by step, by MT-GAN and by transfer."""
     targets = [target for _, target in domains.test[:TEST_PAIRS]]
-    rows = list(itertools.product(dict.fromkeys(targets), ("MT-GAN", f"transfer, Adam {BASELINE_LRS[1]:g}")))
+    methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[1]:g}"
+    rows = list(itertools.product(dict.fromkeys(targets), methods))
     columns, size, left = [None, *settings.test_steps], 184, 220
     canvas = Image.new("L", (left + size * len(columns), 32 + size * len(rows)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for i, (name, method) in enumerate(rows):
-        label = "\n".join([*textwrap.wrap(name, 24)[-6:], method])
-        pen.text((8, 32 + size * (i + 0.5)), label, 0, font, anchor="lm")
-        for j, steps in enumerate(columns):
-            title = "support" if steps is None else f"step {steps}"
-            pen.text((left + size * (j + 0.5), 16), title, 0, font, anchor="mm")
-            images = film["support repeated" if steps is None else method, steps]
-            small = picture(images[targets.index(name)], 3, 2)
-            canvas.paste(small, (left + size * j, 32 + size * i))
+    for (i, (name, method)), (j, steps) in itertools.product(enumerate(rows), enumerate(columns)):
+        x, y = left + size * j, 32 + size * i
+        of, title = ("support repeated", "support") if j == 0 else (method, f"step {steps}")
+        canvas.paste(picture(film[of, steps][targets.index(name)], 3, 2), (x, y))
+        pen.text((x + size / 2, 16), title, 0, font, anchor="mm")
+        label = [*textwrap.wrap(name, 24)[-6:], method]
+        pen.text((8, y + size / 2), "\n".join(label), 0, font, anchor="lm")
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
 
 HELD_OUT = 3                # classes of every data set that meta-training never sees
-PATIENCE = 20               # so many non-finite updates in a row end a run
 SAVE_SECONDS = 30           # from one saved state to the next
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-SPECS = ("SPEC is mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
-         "class in each sub-folder; mnist:0-6,9 is some classes of it")
+SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
+SIGNATURE.add_text("Software", "mtgan.py")
+SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures with "
+         "a class in each sub-folder; mnist:0-6,9 is some classes")
 
 def load_domains(settings):
     """The `Domains` of --source and --target; the last classes of each data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
-    for specs, side in zip((settings.source, settings.target), sides):
-        for spec in specs:
-            title, classes = load_dataset(spec, settings.data_dir)
-            named = {f"{title} {label}": content for label, content in classes.items()}
-            titles.append(title)
-            side.extend(named)
-            held_out.update(list(named)[-min(HELD_OUT, max(1, len(named) // 3)):])
-            for name, content in named.items():
-                if len(content) < settings.shots + 4:           # a test takes 2 + 2 others
-                    raise UserError(f"'{name}' has fewer than --shots + 4 = {settings.shots + 4} "
-                                    "images: leave it out, as in mnist:0-6,9")
-                if not torch.equal(images.setdefault(name, content), content):
-                    raise UserError(f"two different classes are called '{name}': rename a folder")
-    pairs = dict.fromkeys(pair for pair in itertools.product(*sides) if pair[0] != pair[1])
+    specs = [(spec, sides[0]) for spec in settings.source]
+    specs += [(spec, sides[1]) for spec in settings.target]
+    for spec, side in specs:
+        title, classes = load_dataset(spec, settings.data_dir)
+        names = [f"{title} {label}" for label in classes]
+        titles.append(title)
+        side.extend(names)
+        held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
+        for name, content in zip(names, classes.values()):
+            # A test takes 2 + 2 images besides the shots.
+            require(len(content) >= settings.shots + 4, f"'{name}' has too few images for --shots "
+                    f"{settings.shots}: take fewer, or leave it out, as in mnist:0-6,9")
+            require(torch.equal(images.setdefault(name, content), content),
+                    f"two different classes are called '{name}': rename a folder")
+    pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = [pair for pair in pairs if held_out >= set(pair)]
-    if not train or not test:
-        raise UserError("too few classes: a third of each data set, 3 at most, is held out, and two "
-                        "different ones must be left to train on and to test on")
-    known = list(dict.fromkeys(name for side in zip(*train) for name in side))
-    return Domains(images, train, test, known, " and ".join(dict.fromkeys(titles)))
+    require(train and test, "too few classes: of each data set a third, 3 at most, is held out")
+    return Domains(images, train, test, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
     """A data set, or some classes as in mnist:0-6,9: its name, {class: uint8 [n, 784]}"""
     listed = re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
-    name = listed[1] if listed and not os.path.isdir(spec) else spec
+    name, chosen = listed.group(1, 2) if listed and not os.path.isdir(spec) else (spec, "")
     if name in TORCHVISION:
         title, classes = load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
         title, classes = name, draw_built_in(name)
-    elif os.path.isdir(name):
-        title, classes = Path(name).resolve().name, load_folder(name)
     else:
-        raise UserError(f"unknown domain '{spec}': {SPECS}")
-    if name == spec:
-        return title, classes
+        require(os.path.isdir(name), f"unknown domain '{spec}'. {SPECS}")
+        title, classes = Path(name).resolve().name, load_folder(name)
     labels = []
-    for low, high in re.findall(r"(\d+)-?(\d*)", listed[2]):
-        if not int(low) <= int(high or low) < len(classes):
-            raise UserError(f"'{spec}': {title} has the classes 0 to {len(classes) - 1}")
+    for low, high in re.findall(r"(\d+)-?(\d*)", chosen):
+        require(int(low) <= int(high or low) < len(classes),
+                f"'{spec}': {title} has the classes 0 to {len(classes) - 1}")
         labels += list(classes)[int(low):int(high or low) + 1]
-    return title, {label: classes[label] for label in labels}
+    return title, {label: classes[label] for label in labels or classes}
 
 def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or the network, else a built-in whose name says so."""
@@ -756,13 +640,12 @@ def load_torchvision(name, data_dir):
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError(f"{len(part.targets)} labels, images {list(part.data.shape)}")
     except Exception as error:
-        message = " ".join(str(error).split())
-        if not isinstance(error, OSError) and "downloading" not in message:
-            raise UserError(f"the files of {where} are damaged: {message}; delete them") from error
-        stand_in = "shapes" if name == "fashion" else "strokes"
-        say(f"WARNING: no {where}, and no download ({message})\nWARNING: the built-in "
-            f"'{stand_in}' stands in for it; figures on it prove nothing", sys.stderr)
-        return f"{stand_in} (stand-in for {name})", draw_built_in(stand_in)
+        if not isinstance(error, OSError) and "downloading" not in str(error):
+            raise UserError(f"the files of {where} are damaged: {error}; delete them") from error
+        built_in = "shapes" if name == "fashion" else "strokes"
+        say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in for "
+            f"it; figures on it prove nothing. ({' '.join(str(error).split())})", sys.stderr)
+        return f"{built_in} (stand-in for {name})", draw_built_in(built_in)
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -776,10 +659,8 @@ def draw_built_in(name):
     return {str(number): own.byte() for number, own in enumerate(images)}
 
 def load_folder(folder):
-    """All pictures below a folder, its sub-folders being the classes: {class: uint8 [n, 784]}
-
-    What a system makes for itself is passed over. What else is left out is named by kind.
-    """
+    """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}. What a system
+    makes for itself is passed over; what else is left out is named by kind."""
     classes, left_out = {}, Counter()
 
     def natural(entry):                     # 2 comes before 10
@@ -787,15 +668,15 @@ def load_folder(folder):
 
     def read(directory, label=None):
         for entry in sorted(os.scandir(directory), key=natural):
-            if entry.name.startswith((".", "__", "@", "$")):
-                continue
             try:
-                if not entry.is_dir():
-                    classes.setdefault(label or "(loose)", []).append(read_image(entry.path))
-                elif label and entry.is_symlink():
-                    left_out["linked folder"] += 1
-                else:
+                if entry.name.startswith((".", "__", "@", "$")):
+                    continue
+                if entry.is_dir():
+                    require(not label or not entry.is_symlink(), "linked folder")
                     read(entry.path, label or entry.name)
+                else:
+                    image = read_image(entry.path)
+                    classes.setdefault(label or "(loose)", []).append(image)
             except UserError as error:
                 left_out[str(error)] += 1
             except Exception:               # Pillow raises whatever a damaged file makes it raise
@@ -805,19 +686,15 @@ def load_folder(folder):
     if left_out:
         kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
         say(f"{folder}: left out {kinds}", sys.stderr)
-    if not classes:
-        raise UserError(f"there is no readable picture in '{folder}'")
+    require(classes, f"there is no readable picture in '{folder}'")
     return {label: torch.tensor(np.stack(images)) for label, images in classes.items()}
 
 def read_image(path):
     """A picture of any size and mode as uint8 [784]: upright, grey, square, bright on dark."""
     with Image.open(path) as image:
-        if image.info.get("Software") == "mtgan.py":
-            raise UserError("drawn by mtgan.py")
-        if max(image.size) > 56 * min(image.size):
-            raise UserError("too thin")
-        # Made small first: a file of kilobytes can hold gigabytes. Palettes and 16 bits cannot be
-        # averaged, so more of their pixels are kept.
+        require(image.info.get("Software") != "mtgan.py", "drawn by mtgan.py")
+        require(max(image.size) <= 56 * min(image.size), "too thin")
+        # Small first: kilobytes can hold gigabytes. Palettes and 16 bits cannot be averaged yet.
         exact = image.mode in ("1", "P", "PA") or image.mode.startswith("I;")
         side, how = (1024, Image.NEAREST) if exact else (256, Image.BOX)
         image.thumbnail((side, side), how)
@@ -827,16 +704,15 @@ def read_image(path):
             low, high = np.percentile(values, [0.5, 99.5])      # one hot pixel decides nothing
             values = 255 * (values - low) / max(high - low, 1e-9)
             image = Image.fromarray(np.uint8(values.clip(0, 255)))
-        bands = image.convert("RGBA").convert("LA").split()
-        grey, alpha = (np.asarray(band, float) for band in bands)
+        grey, alpha = image.convert("RGBA").convert("LA").split()
     # What is drawn must stand out where the picture is transparent.
-    behind = 255 if (grey * alpha).sum() < 127.5 * alpha.sum() else 0
-    grey = behind + (grey - behind) * alpha / 255
-    border = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
+    behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0
+    grey = Image.composite(grey, Image.new("L", grey.size, behind), alpha)
+    light = np.asarray(grey)
+    border = int(np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])))
     if border > 127:
-        grey, border = 255 - grey, 255 - border
-    square = ImageOps.pad(Image.fromarray(np.uint8(grey)), (28, 28), Image.LANCZOS, int(border))
-    return np.asarray(square).reshape(PIXELS)
+        grey, border = ImageOps.invert(grey), 255 - border
+    return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
 
 def reseed(*numbers):
     """All that is random from here on follows from these: no state of it need be saved."""
@@ -845,11 +721,10 @@ def reseed(*numbers):
 def training(stage, steps, tensors, optimizers, settings):
     """Yield (step, numbers) for all steps of a training: the loop that every training shares.
 
-    numbers takes what a step has to say, and whether its update was "finite". tensors and optimizers
-    are all that it changes, in place: they are saved, and after `kill -9` the same command goes on
-    to the same bits, as all that is random follows from (seed, stage, step).
+    numbers takes what a step has to say, and whether its update was "finite". tensors and
+    optimizers are all that is changed, in place, and saved: after `kill -9` the same bits follow.
     """
-    path, first, skipped, in_a_row = Path(settings.out, "state", f"{stage}.pt"), 0, 0, 0
+    path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
         for tensor, value in zip(tensors, values):
@@ -861,65 +736,53 @@ def training(stage, steps, tensors, optimizers, settings):
         reseed(settings.seed, stage, step)
         numbers = {}
         yield step, numbers
-        finite = numbers.pop("finite")
-        in_a_row = 0 if finite else in_a_row + 1
-        skipped = skipped if finite else skipped + 1
-        if in_a_row == PATIENCE:
-            raise UserError(f"{stage}: {PATIENCE} updates in a row were not finite; take a smaller "
-                            "--inner-lr or --meta-lr, or fewer --inner-steps")
+        skipped += 0 if numbers.pop("finite") else 1
         done, now = step + 1, time.monotonic()
         if done == steps or now - saved > SAVE_SECONDS:
             left = (now - began) / (done - first) * (steps - done)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
             say(f"{stage} {done}/{steps}: {left:.0f} s left, {skipped} skipped, {shown}", sys.stderr)
-            states = [optimizer.state_dict() for optimizer in optimizers]
-            save(path, torch.save, (done, skipped, tensors, states))
+            save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
             saved = now
 
 def once(name, make, settings):
     """make(), or what it returned before the run was killed."""
     path = Path(settings.out, "state", f"{name}.pt")
     if not path.exists():
-        save(path, torch.save, make())
+        say(name, sys.stderr)
+        save(path, make())
     return load(path)
 
 def load(path):
-    """What torch.save wrote. Raises UserError where it is not there, damaged, or foreign."""
+    """What `save` wrote. Raises UserError where it is not there, damaged, or foreign."""
     try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
         return torch.load(path, map_location=torch.get_default_device(), weights_only=True)
-    except Exception as error:              # torch.load raises whatever such a file makes it raise
+    except Exception as error:              # whatever a damaged or foreign file makes them raise
         raise UserError(f"{path} is not there or damaged ({str(error):.80})") from error
 
-def save(path, write, content):
-    """write(content, file) under another name first: whoever looks finds a file old or new, whole."""
+def save(path, content):
+    """Under another name first: whoever looks finds the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    write(content, temporary)
+    if path.suffix == ".json":
+        temporary.write_text(json.dumps(content, indent=1))
+    elif path.suffix == ".png":
+        content.save(temporary, "PNG", pnginfo=SIGNATURE)
+    else:
+        torch.save(content, temporary)
     os.replace(temporary, path)
 
-def write_text(content, path):
-    path.write_text(json.dumps(content, indent=1))
-
-def write_picture(image, path):
-    """Signed, so that it is never read as a user's."""
-    info = PngImagePlugin.PngInfo()
-    info.add_text("Software", "mtgan.py")
-    image.save(path, "PNG", pnginfo=info)
-
-def claim(out, report=None):
-    """A lock on the folder, which must be empty or, with a report, hold a run of the same."""
+def claim(out):
+    """Lock a folder for this process. Raises UserError where another has it, or it is no run."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out / ".lock", timeout=0).acquire()
-    except filelock.Timeout as error:
-        raise UserError(f"another process is at work in {out}") from error
-    path = out / "report.json"
-    if report and path.exists():
-        refuse_differences(out, json.loads(path.read_text()), report)
-    elif any(out.glob("[!.]*")):
-        raise UserError(f"{out} is not empty: choose another --out")
-    elif report:
-        save(path, write_text, report)
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {out}") from None
+    require((out / "report.json").exists() or not any(out.glob("[!.]*")),
+            f"{out} is not empty: choose another --out")
     return lock
 
 def refuse_differences(folder, old, new, *free):
@@ -927,15 +790,16 @@ def refuse_differences(folder, old, new, *free):
     same = old["images"] == new["images"]
     free = {"out", "data_dir", *free, *(["source", "target"] if same else [])}
     for name, value in new["settings"].items():
-        if name not in free and old["settings"].get(name) != value:
-            raise UserError(f"{folder} has {name} {old['settings'].get(name)}, not {value}")
-    if not same:
-        raise UserError(f"{folder} is of other images: some have changed")
+        before = old["settings"].get(name)
+        require(name in free or before == value, f"{folder} has {name} {before}, not {value}")
+    require(same, f"{folder} is of other images: some have changed")
 
 # 9  Command line ----------------------------------------------------------------------------------
 
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
-           "feature_steps": 60, "judge_steps": 60}
+           "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
+ADAPT = {"adapt", "target", "data_dir", "out", "seed", "device", "kernel", "shots", "steps",
+         "samples"}
 
 def say(line, file=None):
     """Print. A reader who has left ends no run."""
@@ -946,40 +810,30 @@ def say(line, file=None):
 
 def parse(argv):
     """The command line as Settings. Raises UserError for what is wrong, missing or ignored."""
-    def refuse(message):
-        raise UserError(f"{message} (-h lists the options)")
-
     parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", __doc__.partition("\n")[0],
                                      SPECS, argument_default=argparse.SUPPRESS)
-    parser.error = refuse
-    for setting in fields(Settings):
-        if setting.metadata:
-            parser.add_argument("--" + setting.name.replace("_", "-"), **setting.metadata)
+    parser.error = partial(require, False)
+    names = {setting.name: setting.metadata for setting in fields(Settings) if setting.metadata}
+    for name, how in names.items():
+        parser.add_argument("--" + name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    used = {setting.name for setting in fields(Settings)} - {"steps", "samples"}
-    if "adapt" in given:
-        used = set("adapt target data_dir out seed device kernel shots steps samples".split())
-    if "tables" in given:
-        used = {"tables"}
-    if given.keys() - used:
-        refuse("of no use here: --" + ", --".join(given.keys() - used))
-    if "adapt" in given and len(given.get("target", [])) != 1:
-        refuse("--adapt needs one --target, such as a folder of pictures")
-    settings = Settings(**given)
-    specs = "-".join(map(slug, [*settings.source, *settings.target]))
-    if settings.dry_run:
-        specs, settings.test_steps = f"dry-run-{specs}", (0, 1, 2, 5)
-        for name, most in DRY_RUN.items():
-            setattr(settings, name, min(getattr(settings, name), most))
-    if "adapt" in given:
-        settings.shots = given.get("shots")     # None: as many as there are, up to the default
-    elif settings.out is None:
-        settings.out = f"runs/{specs}"
+    modes = {"tables": {"tables"}, "adapt": ADAPT, "meta_steps": names.keys() - {"steps", "samples"}}
+    mode = next((mode for mode in modes if mode in given), "meta_steps")
+    for name, value in given.items():
+        least = 0 if name in ("seed", "source_steps", "warm_steps") else 1e-9
+        option = f"--{name.replace('_', '-')}"
+        require(name in modes[mode], f"{option} is of no use here; -h lists the options")
+        require(not isinstance(value, (int, float)) or value >= least, f"{option} is too small")
+    require(mode != "adapt" or len(given.get("target", [])) == 1,
+            "--adapt needs one --target, such as a folder of pictures")
+    settings = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
+    specs = [*["dry-run"] * settings.dry_run, *settings.source, *settings.target]
+    if mode == "adapt":
+        settings.shots = given.get("shots")     # None: all, up to the default
+        specs = [settings.adapt, *settings.target, f"{settings.steps}-steps"]
+    if settings.out is None:
+        settings.out = "runs/" + re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")[-99:]
     return settings
-
-def slug(spec):
-    """A spec as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", spec).strip("-.")[-60:] or "domain"
 
 def run(settings):
     """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
@@ -988,24 +842,26 @@ def run(settings):
     for images in domains.images.values():
         digest.update(images.cpu().numpy())
     report = {"settings": asdict(settings), "domains": domains.title, "images": digest.hexdigest()}
-    report = json.loads(json.dumps(report))             # tuples become lists, as in the file
-    with claim(out, report):
+    report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
+    with claim(out):
+        if path.exists():
+            refuse_differences(out, load(path), report)
+        else:
+            save(path, report)
         start, transfer = train_all(domains, settings)
         source = domains.images[domains.train[0][0]]
         sources = [some(source, settings.shots) for _ in range(settings.source_steps)]
-        saved = {"start": start, "sources": sources, "domains": domains.title}
-        save(out / "mtgan.pt", torch.save, saved)
-        classes = list(domains.images)
-        judge = train_classifier("judge", classes, settings.judge_steps, domains, settings)
+        save(out / "mtgan.pt", {"start": start, "sources": sources, "domains": domains.title})
+        judge = train_judge(domains, settings)
         reseed(settings.seed, "scratch")
         scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-        starts = {"no GAN": (None, None), "MT-GAN": (start, GO_ON_LR)}
-        for method, parameters in (("transfer", transfer), ("scratch", scratch)):
-            for lr in BASELINE_LRS:
-                starts[f"{method}, Adam {lr:g}"] = parameters, lr
+        starts = {"MT-GAN": (start, GO_ON_LR)}
+        for lr in BASELINE_LRS:
+            starts[f"transfer, Adam {lr:g}"] = transfer, lr
+            starts[f"scratch, Adam {lr:g}"] = scratch, lr
         rows, film = meta_test(starts, judge, domains, settings)
-        save(out / "adaptation.png", write_picture, filmstrip(film, domains, settings))
-        save(out / "report.json", write_text, {**report, "rows": rows})
+        save(out / "adaptation.png", filmstrip(film, domains, settings))
+        save(path, {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
@@ -1016,24 +872,19 @@ def deploy(settings):
     title, classes = load_dataset(spec, settings.data_dir)
     images = torch.cat(list(classes.values()))
     shots = settings.shots or min(Settings.shots, len(images))
-    if shots > len(images):
-        raise UserError(f"--shots {shots}, but '{spec}' has {len(images)} images")
+    require(shots <= len(images), f"'{spec}' has {len(images)} images, fewer than --shots {shots}")
     reseed(settings.seed, "adapt")
     sources = [batch.unsqueeze(0) for batch in saved["sources"]]
     episode = Episode(sources, some(images, shots).unsqueeze(0), None)
     [(_, theta)] = few_shot(saved["start"], GO_ON_LR, episode, [settings.steps])
-    samples = draw(theta, settings.samples)[0]                          # [samples, 784]
-    if not samples.isfinite().all():
-        raise UserError("the adaptation diverged: take fewer --steps or more --shots")
-    home = path if path.is_dir() else path.parent
-    out = Path(settings.out or home / f"adapted-{slug(spec)}")
+    samples = generator(theta, noise(1, settings.samples))[0].detach()      # [samples, 784]
+    require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps or more --shots")
+    out = Path(settings.out)
     with claim(out):
         for number, image in enumerate(samples):
-            save(out / f"sample-{number:03}.png", write_picture, picture(image, 1, 1))
-        columns = math.ceil(len(samples) ** 0.5)
-        save(out / "samples.png", write_picture, picture(samples, columns, 3))
-    say(f"{out}: {len(samples)} samples, {settings.steps} steps on {shots} images of {title}, from a "
-        f"start that was trained on {saved['domains']}")
+            save(out / f"sample-{number:03}.png", picture(image, 1, 1))
+        save(out / "samples.png", picture(samples, math.ceil(len(samples) ** 0.5), 3))
+    say(f"{out}: {len(samples)} samples of {title}, from a start trained on {saved['domains']}")
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0, 2 for what a user can put right, or 130."""
@@ -1045,16 +896,15 @@ def main(argv=None):
         if settings.tables:
             print_tables(settings.tables)
             return 0
-        device, KERNEL = settings.device, settings.kernel
+        KERNEL, device = settings.kernel, settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             torch.set_default_device(device)
             torch.ones(1).double().item()
-        except Exception as error:
-            raise UserError(f"--device {device} cannot be used here; try cpu") from error
-        if KERNEL == "triton" and why_not_triton(device):
-            raise UserError(f"--kernel triton: {why_not_triton(device)}")
+        except Exception:
+            raise UserError(f"--device {device} cannot be used here; try cpu") from None
+        require(KERNEL != "triton" or not why_not_triton(device), why_not_triton(device))
         keep_memory()
         if settings.adapt is None:
             run(settings)
