@@ -23,7 +23,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
                       L_G = mean softplus(-D(G(z)))
     (2) inner step    phi'   = phi   - a_phi   dL_D/dphi        theta held constant
                       theta' = theta - a_theta dL_G/dtheta      the same z, phi' held constant
-    (3) outer step    start <- start - Adam(g/|g| + r/|r|), in which the sum gets length one
+    (3) outer step    start <- start - optimiser(g/|g| + r/|r|)
                       g = d score(theta_k) / d start            MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
 
@@ -46,7 +46,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
 from torch.autograd import grad
 from torchvision.transforms import v2
 
-from kernels import fused_linear, keep_memory, why_not_triton
+from kernels import Muon, fused_linear, keep_memory, why_not_triton
 
 def option(default, text, **how):
     """A setting that is an option of the command line; how: what argparse shall know of it."""
@@ -138,8 +138,8 @@ def loss_g(fake_logits):
 def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, d] and y [T, m, d]  # [T]
 
-    In expectation least, and 0, where both have one distribution (Székely and Rizzo 2013; for GANs
-    Bellemare et al. 2017, arXiv 1705.10743). No image is compared with itself.
+    In expectation least, and 0, where both have one distribution (Bellemare et al. 2017, arXiv
+    1705.10743, for GANs). No image is compared with itself.
     """
     n, images = x.shape[1], torch.cat([x, y], 1)                        # [T, n + m, d]
     square = images.square().sum(-1)
@@ -179,9 +179,8 @@ def adapt(theta, phi, rates, batches, second_order=True):
     second_order the graph is kept, to differentiate a score of them through all steps.
 
     A step's gradients are *partial*: D's holds theta constant, although the fakes depend on theta,
-    which depends on an earlier phi. So they are taken at aliases (view_as), new tensors on which
-    nothing earlier depends. To detach the fakes instead would cut the outer gradient as well. Both
-    mistakes are silent.
+    and that on an earlier phi. So they are taken at aliases (view_as), new tensors on which nothing
+    earlier depends. To detach the fakes would cut the outer gradient, too. Both errors are silent.
     """
     yield theta, phi
     for (rates_g, rates_d), real in zip(rates, batches):
@@ -380,16 +379,20 @@ def meta_train(start, queries, domains, settings):
     rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])    # D is the quicker one to diverge
     log_rates = rates.log().repeat(settings.source_steps + settings.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
-    groups, steps = [{"params": leaves[:-1]}, {"params": leaves[-1:]}], settings.meta_steps
+    # Muon for the matrices, Adam for biases, D's last weight, and the rates' logarithms.
+    matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
+    vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
+    groups, steps = [{"params": vectors}, {"params": leaves[-1:]}], settings.meta_steps
     adam = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    for step, numbers in training("meta-training", steps, leaves, [adam], settings):
+    muon = Muon(matrices, {"lr": settings.meta_lr})
+    for step, numbers in training("meta-training", steps, leaves, [muon, adam], settings):
         lr = settings.meta_lr * min(1, 2 - 2 * step / steps)    # falls to 0 in the second half
-        adam.param_groups[0]["lr"] = lr
+        muon.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = lr
         adam.param_groups[1]["lr"] = 12.5 * lr                  # a logarithm must move faster
         pairs = pick(domains.train, settings.meta_batch)
         episode = sample_episode(domains, pairs, queries, settings, made_up)
         loss, gradient = meta_gradient(leaves, episode, settings.algorithm)
-        finite = update([adam], leaves, unit(gradient))         # no episode outweighs the others
+        finite = update([muon, adam], leaves, unit(gradient))   # no episode outweighs the others
         leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
@@ -533,9 +536,10 @@ def meta_test(starts, judge, domains, settings):
 
 def print_tables(folders):
     """The METRICS of runs that differ in their seeds alone: mean ± half the 95 % interval."""
-    reports = [load(Path(folder, "report.json")) for folder in dict.fromkeys(folders)]
-    for folder, report in zip(dict.fromkeys(folders), reports):
-        refuse_differences(folder, reports[0], report, "seed")
+    paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
+    reports = [load(path, "settings", "images", "domains", "rows") for path in paths]
+    for path, report in zip(paths, reports):
+        refuse_differences(path.parent, report, reports[0], "seed")
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'mean image' for row in rows)}")
@@ -601,9 +605,8 @@ def load_domains(settings):
         side.extend(names)
         held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
         for name, content in zip(names, classes.values()):
-            # A test takes 2 + 2 images besides the shots.
-            require(len(content) >= settings.shots + 4, f"'{name}' has too few images for --shots "
-                    f"{settings.shots}: take fewer, or leave it out, as in mnist:0-6,9")
+            require(len(content) >= settings.shots + 4,         # a test takes 2 and 2 others
+                    f"'{name}' has too few images: take fewer --shots, or mnist:0-6,9 for example")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two different classes are called '{name}': rename a folder")
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
@@ -753,14 +756,17 @@ def once(name, make, settings):
         save(path, make())
     return load(path)
 
-def load(path):
-    """What `save` wrote. Raises UserError where it is not there, damaged, or foreign."""
+def load(path, *keys):
+    """What `save` wrote. Raises UserError where it is not there, damaged, or without the keys."""
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text())
-        return torch.load(path, map_location=torch.get_default_device(), weights_only=True)
+            content = json.loads(path.read_text())
+        else:
+            device = torch.get_default_device()
+            content = torch.load(path, map_location=device, weights_only=True)
+        return content if not keys else {key: content[key] for key in keys}
     except Exception as error:              # whatever a damaged or foreign file makes them raise
-        raise UserError(f"{path} is not there or damaged ({str(error):.80})") from error
+        raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
     """Under another name first: whoever looks finds the old file or the new one, whole."""
@@ -774,14 +780,14 @@ def save(path, content):
         torch.save(content, temporary)
     os.replace(temporary, path)
 
-def claim(out):
-    """Lock a folder for this process. Raises UserError where another has it, or it is no run."""
+def claim(out, run=""):
+    """Lock a folder for this process. It must be empty, or hold the file `run`."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out / ".lock", timeout=0).acquire()
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}") from None
-    require((out / "report.json").exists() or not any(out.glob("[!.]*")),
+    require((out / run).is_file() or not any(out.glob("[!.]*")),
             f"{out} is not empty: choose another --out")
     return lock
 
@@ -843,9 +849,9 @@ def run(settings):
         digest.update(images.cpu().numpy())
     report = {"settings": asdict(settings), "domains": domains.title, "images": digest.hexdigest()}
     report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
-    with claim(out):
+    with claim(out, "report.json"):
         if path.exists():
-            refuse_differences(out, load(path), report)
+            refuse_differences(out, load(path, "settings", "images"), report)
         else:
             save(path, report)
         start, transfer = train_all(domains, settings)
@@ -868,7 +874,7 @@ def run(settings):
 def deploy(settings):
     """Adapt a finished run to a user's pictures; write samples.png and every sample as a PNG."""
     path, spec = Path(settings.adapt), settings.target[0]
-    saved = load(path / "mtgan.pt" if path.is_dir() else path)
+    saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
     title, classes = load_dataset(spec, settings.data_dir)
     images = torch.cat(list(classes.values()))
     shots = settings.shots or min(Settings.shots, len(images))
