@@ -10,12 +10,13 @@ generator G and a discriminator D, so that on a new domain a few images and step
 A *domain* is a class of images, as 'mnist 7'. A *task* is a pair of domains, a source and a target:
 generate the target, of which only a few *shots* are given, the *support*. In an *episode* of some
 tasks, copies of the initialisation take k *inner* steps of the GAN's game on the support; a score
-tells how far images of an adapted G are from others of its target, the *query*; then one *outer*
-step changes the initialisation. *MAML* follows the gradient of that score through all inner steps:
-it asks for a start that learns fast. *Reptile* goes where the inner steps have led, without any
-derivative: it asks for a start that is near. By default an outer step adds both. Most targets are
-drawn anew for every episode (section 5): the few real ones would be learned by heart. The source
-enters by the warm start, GAN training on both sides, and by --source-steps of its own.
+tells how far images of an adapted G are from other real ones of the target, the *query*; then one
+*outer* step changes the initialisation. *MAML* follows the gradient of that score through all inner
+steps: it asks for a start that learns fast. *Reptile* goes where the inner steps of all tasks have
+led, without any derivative: it asks for a start near to these places. By default an outer step adds
+both. Most targets are synthetic, made up for one episode (section 5): the few real ones would be
+learned by heart. The source is used in the warm start, ordinary GAN training on source and target
+classes, and with --source-steps in inner steps of its own.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
 
@@ -26,17 +27,15 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
     (3) outer step    start <- start - optimiser(g/|g| + r/|r|)
                       g = d score(theta_k) / d start            MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
-
-Sections 1 to 6 are the algorithm; from 7 on it is measured and served.
 """
-import argparse, hashlib, itertools, json, math, os, re, socket, sys, textwrap, time, zlib
+import argparse, hashlib, io, itertools, json, math, os, re, socket, sys, textwrap, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # before torch: its threads wait briefly only
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # before torch: idle threads shall not spin long
 import filelock
 import numpy as np
 import torch
@@ -90,7 +89,7 @@ def require(fine, message):
     if not fine:
         raise UserError(message)
 
-# 1  Networks: pure functions of their parameters --------------------------------------------------
+# 1  Networks, functions of their parameters; T tasks, B images, K inputs, N outputs ---------------
 
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
@@ -125,7 +124,7 @@ def discriminator(phi, x, dropout=0.0):
 def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
-# 2  The game, and a score that cannot be talked out of anything -----------------------------------
+# 2  The game, and a score that no player can cheat ------------------------------------------------
 
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
@@ -138,8 +137,8 @@ def loss_g(fake_logits):
 def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, d] and y [T, m, d]  # [T]
 
-    In expectation least, and 0, where both have one distribution (Bellemare et al. 2017, arXiv
-    1705.10743, for GANs). No image is compared with itself.
+    Its expectation is least, and 0, where both have one distribution (for GANs Bellemare et al.
+    2017, arXiv 1705.10743). No image is compared with itself.
     """
     n, images = x.shape[1], torch.cat([x, y], 1)                        # [T, n + m, d]
     square = images.square().sum(-1)
@@ -172,28 +171,29 @@ def score(fake, query):
 FAKES = 25                  # generated images in an inner step
 
 def adapt(theta, phi, rates, batches, second_order=True):
-    """A step of D, then one of G, equation (2), on every batch [T, B, 784] of real images.
+    """A step of D, then one of G, equation (2), on batches [T, B, 784] of real images.
 
     theta, phi: [T, ...] each; rates [steps, 2, 4]: G's and D's for every step and layer (Antoniou
-    et al. 2019, arXiv 1810.09502). Yields theta and phi as they are, and after every step. With
-    second_order the graph is kept, to differentiate a score of them through all steps.
+    et al. 2019, arXiv 1810.09502). Yields theta and phi as they are, and after every step, as long
+    as there are rates and batches. With second_order the graph is kept, to differentiate a score of
+    them through all steps.
 
-    A step's gradients are *partial*: D's holds theta constant, although the fakes depend on theta,
-    and that on an earlier phi. So they are taken at aliases (view_as), new tensors on which nothing
-    earlier depends. To detach the fakes would cut the outer gradient, too. Both errors are silent.
+    A step's gradients are *partial*. D's loss depends on phi_k by the fakes as well: they come from
+    theta_k, and theta_k from a step against phi_k. grad would follow that path, but must hold theta
+    constant. So it is asked for an alias (view_as), a new tensor that theta_k has never met. To
+    detach the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
     """
     yield theta, phi
     for (rates_g, rates_d), real in zip(rates, batches):
-        theta, phi = [p.view_as(p) for p in theta], [p.view_as(p) for p in phi]
+        phi = [p.view_as(p) for p in phi]
         fake = generator(theta, noise(len(real), FAKES))                # [T, FAKES, 784]
         logits = discriminator(phi, torch.cat([real, fake], 1))         # [T, B + FAKES]
         loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
         phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-        # phi' depends on `fake`, but not on `shown`: G's gradient is partial, too.
-        shown = fake.view_as(fake)
+        shown = fake.view_as(fake)                      # for phi' has met these fakes
         loss = loss_g(discriminator(phi, shown)).sum()
-        wish, = grad(loss, shown, create_graph=second_order)            # dL_G / dG(z)
-        theta = descend(theta, rates_g, grad(fake, theta, wish, create_graph=second_order))
+        of_fake, = grad(loss, shown, create_graph=second_order)         # dL_G / dG(z)
+        theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
         yield theta, phi
 
 def descend(parameters, rates, gradients):
@@ -213,10 +213,10 @@ def meta_gradient(leaves, episode, algorithm, score=score):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   the steps' gradients count as constants (the same paper). phi_0 reaches the score only
-             through them: it gets no gradient, nor do D's rates
-    reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
-             1803.02999) takes the gradient's place; the rates stay
+    fomaml   first order, the steps' gradients count as constants (the same paper). phi_0 reaches
+             the score only through them: it gets no gradient, nor do D's rates
+    reptile  instead, the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
+             1803.02999); the rates stay
     both     the two directions, each of length one, added: equation (3)
     """
     theta, phi, rates = leaves[:8], leaves[8:-1], leaves[-1].exp()
@@ -228,18 +228,18 @@ def meta_gradient(leaves, episode, algorithm, score=score):
     second_order = algorithm in ("maml", "both")
     players = adapt(for_tasks(theta, tasks), for_tasks(phi, tasks), rates, batches, second_order)
     loss = 0
-    for steps, (theta, phi) in enumerate(players):
-        adapted = [*theta, *phi]
+    for steps, (theta_k, phi_k) in enumerate(players):
+        adapted = [*theta_k, *phi_k]
         if steps in scored:
-            fake = generator(theta, noise(tasks, queries))              # [T, queries, 784]
+            fake = generator(theta_k, noise(tasks, queries))            # [T, queries, 784]
             loss = loss + score(fake, episode.query).mean() / len(scored)
-    back = [start.detach() - end.detach().mean(0, True) for start, end in zip(leaves, adapted)]
-    back.append(torch.zeros_like(rates))
+    ends = [end.detach().mean(0, keepdim=True) for end in adapted]
+    reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
-        return loss.detach(), back
+        return loss.detach(), reptile
     gradient = grad(loss, leaves, materialize_grads=True)
     if algorithm == "both":
-        gradient = [g + r for g, r in zip(unit(gradient), unit(back))]
+        gradient = [g + r for g, r in zip(unit(gradient), unit(reptile))]
     return loss.detach(), gradient
 
 def for_tasks(parameters, tasks):
@@ -251,13 +251,21 @@ def unit(tensors):
     length = torch.nn.utils.get_total_norm(tensors)
     return [t / length for t in tensors]
 
+def outer_optimizers(leaves):
+    """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
+    matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
+    vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
+    groups = [{"params": vectors}, {"params": leaves[-1:]}]
+    return [Muon(matrices, {"lr": 0.0}), torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)]
+
 # 5  Tasks: pairs of domains, known or drawn -------------------------------------------------------
 
 QUERIES = 64                # target images that score an adapted generator
 DRAWN = 0.7                 # share of the targets that are drawn, not known classes
-FILLED = 0.4                # share of those whose images have no background, as bold letters
+FILLED = 0.4                # share of those that reach the border, where others fade to black
 CHANGE = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomApply([v2.RandomAffine(
-    180, (0.08, 0.08), (0.8, 1.3), 15, interpolation=v2.InterpolationMode.BILINEAR)], p=0.75)])
+    degrees=180, translate=(0.08, 0.08), scale=(0.8, 1.3), shear=15,
+    interpolation=v2.InterpolationMode.BILINEAR)], p=0.75)])
 
 class Domains(NamedTuple):
     """All images of a run, and the pairs (source class, target class) of them."""
@@ -279,8 +287,12 @@ def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
     return torch.stack([some(domains.images[name], n) for name in classes])
 
+def spare(pairs, domains, settings):
+    """How many images every target has besides the shots."""
+    return min(len(domains.images[target]) for _, target in pairs) - settings.shots
+
 def sample_episode(domains, pairs, queries, settings, change=None):
-    """The `Episode` of tasks given as pairs; change: what makes other domains of the targets."""
+    """The `Episode` of tasks given as pairs; change: a function of the targets' images."""
     sources, targets = zip(*pairs)
     shots = settings.shots
     batches = [sample_images(domains, sources, shots) for _ in range(settings.source_steps)]
@@ -289,8 +301,8 @@ def sample_episode(domains, pairs, queries, settings, change=None):
     return Episode(batches, images[:, :shots], images[:, shots:])
 
 def made_up(images):
-    """New domains of known ones [T, n, 784]: most are replaced by drawn ones, half of them with a
-    pen; then all of a task's images are turned, slanted, moved and sized alike."""
+    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`, then all images of a
+    task are mirrored, turned, slanted, moved and sized alike."""
     tasks, n, _ = images.shape
     filled = torch.rand(tasks) < FILLED
     drawn = level_sets((torch.rand(tasks) < 0.5) & ~filled, filled, n)
@@ -301,8 +313,8 @@ def level_sets(pen, filled, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
     Bright is where the field is positive or, if the task has a `pen`, along its zero line, as in
-    characters; `filled` ones have no background. Known classes can be recognised; what is drawn
-    never returns, and has to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
+    characters. `filled` ones do not fade to the border. Known classes can be recognised; these never
+    return, and have to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
     """
     tasks, pen, filled = len(pen), pen.view(-1, 1, 1, 1), filled.view(-1, 1, 1, 1)
 
@@ -316,20 +328,20 @@ def level_sets(pen, filled, n):
     design = smooth(1, 6) + 0.5 * smooth(1, 4)                              # [T, 1, 28, 28]
     mirrored = (design + design.flip(-1)) / 2 ** 0.5
     design = torch.where(uniform(0, 1) < 0.5, mirrored, design)
-    field = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)        # [T, n, 28, 28]
+    height = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)        # [T, n, 28, 28]
     line = torch.linspace(-1, 1, 28)
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)    # high in the middle
-    field = torch.where(filled, field, field + island)
-    down = field.diff(dim=-2, prepend=field[..., :1, :])
-    across = field.diff(dim=-1, prepend=field[..., :1])
-    inside = field / (torch.hypot(down, across) + 0.05)         # about the pixels to the outline
+    height = torch.where(filled, height, height + island)
+    down = height.diff(dim=-2, prepend=height[..., :1, :])
+    across = height.diff(dim=-1, prepend=height[..., :1])
+    inside = height / (torch.hypot(down, across) + 0.05)        # about the pixels to the outline
     stroke = uniform(0.8, 2) - inside.abs()
     cover = torch.where(pen, stroke, inside).mul(2).sigmoid()
     relief = uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4) + 0.35 * smooth(1, 8))
     light = torch.where(pen | filled, 1, relief.clamp(min=0.1))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training: `training`, in section 8, hides what is no mathematics ------------------------------
+# 6  Training; `training`, in section 8, adds progress, saving and going on ------------------------
 
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
@@ -367,10 +379,11 @@ def train_gan(stage, start, steps, made_up_from, domains, settings):
     optimizers = gan_optimizers(leaves, 2e-4)
     known = sorted({name for pair in domains.train for name in pair})
     for step, numbers in training(stage, steps, leaves, optimizers, settings):
-        tasks = GAN_BATCH if step < made_up_from else 4
-        images = sample_images(domains, pick(known, tasks), GAN_BATCH // tasks)
-        images = images if step < made_up_from else made_up(images)
-        real = images.reshape(1, GAN_BATCH, PIXELS)
+        if step < made_up_from:
+            real = sample_images(domains, pick(known, GAN_BATCH), 1)
+        else:
+            real = made_up(sample_images(domains, pick(known, 4), GAN_BATCH // 4))
+        real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
 
@@ -379,20 +392,16 @@ def meta_train(start, queries, domains, settings):
     rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])    # D is the quicker one to diverge
     log_rates = rates.log().repeat(settings.source_steps + settings.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
-    # Muon for the matrices, Adam for biases, D's last weight, and the rates' logarithms.
-    matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
-    vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
-    groups, steps = [{"params": vectors}, {"params": leaves[-1:]}], settings.meta_steps
-    adam = torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)
-    muon = Muon(matrices, {"lr": settings.meta_lr})
-    for step, numbers in training("meta-training", steps, leaves, [muon, adam], settings):
+    optimizers, steps = outer_optimizers(leaves), settings.meta_steps
+    for step, numbers in training("meta-training", steps, leaves, optimizers, settings):
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         lr = settings.meta_lr * min(1, 2 - 2 * step / steps)    # falls to 0 in the second half
-        muon.param_groups[0]["lr"] = adam.param_groups[0]["lr"] = lr
-        adam.param_groups[1]["lr"] = 12.5 * lr                  # a logarithm must move faster
+        for group, factor in zip(groups, (1, 1, 12.5)):         # a logarithm must move faster
+            group["lr"] = factor * lr
         pairs = pick(domains.train, settings.meta_batch)
         episode = sample_episode(domains, pairs, queries, settings, made_up)
         loss, gradient = meta_gradient(leaves, episode, settings.algorithm)
-        finite = update([muon, adam], leaves, unit(gradient))   # no episode outweighs the others
+        finite = update(optimizers, leaves, unit(gradient))     # no episode outweighs the others
         leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
@@ -400,15 +409,14 @@ def meta_train(start, queries, domains, settings):
 def train_all(domains, settings):
     """The warm start, its last third on made-up domains; then transfer and meta-training from it.
 
-    Transfer, the baseline, goes on as the warm start ends, for as many images as meta-training
-    sees. Returns the initialisation and transfer's parameters.
+    Transfer, the baseline, continues the warm start on made-up domains, for as many images as
+    meta-training sees. Returns the initialisation and transfer's parameters.
     """
     reseed(settings.seed, "start")
     start = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
     steps = settings.warm_steps
     warm = train_gan("warm start", start, steps, steps * 2 // 3, domains, settings)
-    fewest = min(len(domains.images[target]) for _, target in domains.train)
-    queries = min(QUERIES, fewest - settings.shots)
+    queries = min(QUERIES, spare(domains.train, domains, settings))
     seen = settings.shots * (settings.source_steps + 1) + queries       # images of a task
     steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
     transfer = train_gan("transfer", warm, steps, 0, domains, settings)
@@ -427,18 +435,18 @@ def few_shot(start, lr, episode, test_steps):
     """Adapt a GAN to an episode's support. Yields (steps, theta) for the test_steps, ascending.
 
     start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
-    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average in which the later ones count
-    more, for the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
+    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more: the
+    players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
-    leaves = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
+    shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     rates = start[16].detach().exp() if len(start) > 16 else []
     batches = [*episode.sources, *[episode.support] * test_steps[-1]]
-    steps = -len(episode.sources) - 1
-    for theta, phi in adapt(leaves[:8], leaves[8:], rates, batches, second_order=False):
-        leaves, steps = [*theta, *phi], steps + 1
+    steps = -len(episode.sources) - 1                   # those on the source do not count
+    for theta, phi in adapt(shared[:8], shared[8:], rates, batches, second_order=False):
+        adapted, steps = [*theta, *phi], steps + 1
         if steps in test_steps:
             yield steps, theta
-    leaves = [p.detach().clone().requires_grad_() for p in leaves]
+    leaves = [p.detach().clone().requires_grad_() for p in adapted]
     optimizers, average = gan_optimizers(leaves, lr), [p.detach().clone() for p in leaves[:8]]
     for count, real in enumerate(batches[len(rates):], 1):
         gan_step(leaves, optimizers, real, FAKES)
@@ -484,11 +492,8 @@ def frechet_distance(a, b):
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.inf
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    # (A B)^1/2 has the trace of (A^1/2 B A^1/2)^1/2, which is symmetric.
-    trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     return distance.clamp(min=0).item()
 
 def judge_samples(samples, episode, targets, judge):
@@ -498,27 +503,25 @@ def judge_samples(samples, episode, targets, judge):
     for x, support, query, target in zip(samples, episode.support, episode.query, targets):
         fresh, reference = query.chunk(2)
         seen = judge[0](x)
-        recognised = judge[1](seen).argmax(-1) == target
-        usual = torch.cdist(fresh, support).amin(1).mean().clamp(min=1e-9)
-        nearest = torch.cdist(x, support).amin(1).mean() / usual
+        mine, usual = (torch.cdist(images, support).amin(1).mean() for images in (x, fresh))
         judged.append({"frechet": frechet_distance(seen, judge[0](reference)),
-                       "recognised": recognised.double().mean().item(), "nearest": nearest.item()})
+                       "recognised": (judge[1](seen).argmax(-1) == target).double().mean().item(),
+                       "nearest": (mine / usual.clamp(min=1e-9)).item()})
     return judged
 
 def meta_test(starts, judge, domains, settings):
-    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images: rows, a dict for
-    every method, pair, support and number of steps, and film, {(method, steps): [T, 9, 784]}."""
+    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows, a
+    dict for every method, pair, support and steps, and film, {(method, steps): [T, 9, 784]}."""
     pairs, rows, film = domains.test[:TEST_PAIRS], [], {}
     targets = [list(domains.images).index(target) for _, target in pairs]
-    fewest = min(len(domains.images[target]) for _, target in pairs)
-    n = min(500, (fewest - settings.shots) // 2)
+    n = min(500, spare(pairs, domains, settings) // 2)
 
     def test(method, seed):
         reseed(settings.seed, "test", seed)
         episode = sample_episode(domains, pairs, 2 * n, settings)
         plain = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
         samples = [(name, None, x) for name, x in plain.items()]
-        if method in starts:
+        if method != "no GAN":
             adapted = few_shot(*starts[method], episode, settings.test_steps)
             samples = [(method, steps, generator(theta, noise(len(pairs), n)).detach())
                        for steps, theta in adapted]
@@ -535,7 +538,7 @@ def meta_test(starts, judge, domains, settings):
     return rows, film
 
 def print_tables(folders):
-    """The METRICS of runs that differ in their seeds alone: mean ± half the 95 % interval."""
+    """The METRICS of runs that differ in their seeds alone, with half their 95 % intervals."""
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
     reports = [load(path, "settings", "images", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
@@ -555,8 +558,8 @@ def print_tables(folders):
 
 def interval(values):
     """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
-    mean, more = np.mean(values), max(len(values) - 1, 1e-9)
-    half = (1.96 + 2.37 / more + 2.82 / more ** 2) * np.std(values) / more ** 0.5
+    mean, free = np.mean(values), max(len(values) - 1, 1e-9)    # degrees of freedom
+    half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
     return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
 
 def picture(images, columns, zoom):
@@ -590,8 +593,8 @@ SAVE_SECONDS = 30           # from one saved state to the next
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
 SIGNATURE.add_text("Software", "mtgan.py")
-SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures with "
-         "a class in each sub-folder; mnist:0-6,9 is some classes")
+SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
+         "class in each sub-folder; mnist:0-6,9 is some classes")
 
 def load_domains(settings):
     """The `Domains` of --source and --target; the last classes of each data set are held out."""
@@ -643,11 +646,11 @@ def load_torchvision(name, data_dir):
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError(f"{len(part.targets)} labels, images {list(part.data.shape)}")
     except Exception as error:
-        if not isinstance(error, OSError) and "downloading" not in str(error):
+        if not isinstance(error, TimeoutError) and "downloading" not in str(error):
             raise UserError(f"the files of {where} are damaged: {error}; delete them") from error
         built_in = "shapes" if name == "fashion" else "strokes"
-        say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in for "
-            f"it; figures on it prove nothing. ({' '.join(str(error).split())})", sys.stderr)
+        say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in; "
+            f"figures on it prove nothing. ({' '.join(str(error).split())})", sys.stderr)
         return f"{built_in} (stand-in for {name})", draw_built_in(built_in)
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
@@ -662,8 +665,8 @@ def draw_built_in(name):
     return {str(number): own.byte() for number, own in enumerate(images)}
 
 def load_folder(folder):
-    """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}. What a system
-    makes for itself is passed over; what else is left out is named by kind."""
+    """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
+    What a system makes for itself is passed over; what else is left out is named by kind."""
     classes, left_out = {}, Counter()
 
     def natural(entry):                     # 2 comes before 10
@@ -743,8 +746,9 @@ def training(stage, steps, tensors, optimizers, settings):
         done, now = step + 1, time.monotonic()
         if done == steps or now - saved > SAVE_SECONDS:
             left = (now - began) / (done - first) * (steps - done)
-            shown = ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-            say(f"{stage} {done}/{steps}: {left:.0f} s left, {skipped} skipped, {shown}", sys.stderr)
+            shown = [f"{name} {value:.3g}" for name, value in numbers.items()]
+            shown = [f"{done}/{steps}, {left:.0f} s left, {skipped} skipped", *shown]
+            say(f"{stage} {', '.join(shown)}", sys.stderr)
             save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
             saved = now
 
@@ -771,13 +775,15 @@ def load(path, *keys):
 def save(path, content):
     """Under another name first: whoever looks finds the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".json":
         temporary.write_text(json.dumps(content, indent=1))
     elif path.suffix == ".png":
         content.save(temporary, "PNG", pnginfo=SIGNATURE)
     else:
-        torch.save(content, temporary)
+        buffer = io.BytesIO()                       # to a full disk torch raises no OSError
+        torch.save(content, buffer)
+        temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
 
 def claim(out, run=""):
@@ -823,8 +829,8 @@ def parse(argv):
     for name, how in names.items():
         parser.add_argument("--" + name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    modes = {"tables": {"tables"}, "adapt": ADAPT, "meta_steps": names.keys() - {"steps", "samples"}}
-    mode = next((mode for mode in modes if mode in given), "meta_steps")
+    modes = {"tables": {"tables"}, "adapt": ADAPT, "train": names.keys() - {"steps", "samples"}}
+    mode = next((mode for mode in modes if mode in given), "train")
     for name, value in given.items():
         least = 0 if name in ("seed", "source_steps", "warm_steps") else 1e-9
         option = f"--{name.replace('_', '-')}"
@@ -855,6 +861,7 @@ def run(settings):
         else:
             save(path, report)
         start, transfer = train_all(domains, settings)
+        reseed(settings.seed, "sources")
         source = domains.images[domains.train[0][0]]
         sources = [some(source, settings.shots) for _ in range(settings.source_steps)]
         save(out / "mtgan.pt", {"start": start, "sources": sources, "domains": domains.title})
