@@ -1,9 +1,5 @@
-"""Tests of MT-GAN: every gradient against a plain loop and float64 finite differences, every file
-against a kill.
-
-    pytest test_mtgan.py          the tests: no network, no GPU
-    python test_mtgan.py          what a meta-step costs, beside a plain loop over its tasks
-"""
+"""pytest test_mtgan.py tests every gradient against a plain loop and float64 finite differences, and
+every file against a kill; python test_mtgan.py prints what a meta-step costs beside that loop."""
 import os
 
 import torch
@@ -11,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # before anything imports triton, as torchvision does
 
-import contextlib, functools, gc, importlib.util, itertools, json, math, multiprocessing, pickle, re
+import contextlib, functools, itertools, json, math, multiprocessing, pickle, re
 import resource, shlex, shutil, signal, statistics, subprocess, sys, time, urllib.error
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -30,8 +26,7 @@ from kernels import fused_linear
 
 # The plain loop over tasks: what the core must equal ----------------------------------------------
 
-def mlp(parameters, x, slope):
-    """A network of one task in plain PyTorch."""
+def mlp(parameters, x, slope):      # a network of one task in plain PyTorch
     for i in range(0, len(parameters), 2):
         x = F.linear(x, parameters[i], parameters[i + 1])
         x = F.leaky_relu(x, slope) if i + 2 < len(parameters) else x
@@ -153,8 +148,7 @@ def test_first_order_is_the_loops_first_order(small):
     _, first = meta_gradient(leaves, episode, "fomaml")
     assert distance(first, grad(expected, leaves, materialize_grads=True)) < 1e-12
 
-def test_inner_gradients_are_partial(small):
-    """What autograd does by itself, without the aliases, is something else."""
+def test_inner_gradients_are_partial(small):        # without the aliases they are something else
     leaves, episode = small
     _, gradient = meta_gradient(leaves, episode)
     mistaken, _ = by_loop(leaves, episode, alias=False)
@@ -211,8 +205,7 @@ def test_energy_distance():
     draws = mtgan.energy_distance(*torch.randn(2, 1000, 20, 3))
     assert abs(draws.mean()) < 3 * draws.std() / 1000 ** 0.5        # 0 in the mean for one law
 
-def test_energy_distance_of_the_same_image():
-    """Rounding must not make a root of a negative number, or an infinite gradient."""
+def test_energy_distance_of_the_same_image():       # no root of a number that rounding made < 0
     image = torch.rand(1, 1, 784)
     x = image.expand(1, 6, 784).clone().requires_grad_()
     value = mtgan.energy_distance(x, torch.cat([image, -image], 1))
@@ -243,6 +236,16 @@ def test_gan_step_is_two_plain_adam_steps(monkeypatch):
             adam.step()
         assert distance([p[t] for p in leaves], own) < 1e-5
 
+def test_muon_makes_singular_values_alike():
+    for shape in ((1, 40, 70), (1, 70, 40)):
+        leaf = torch.zeros(shape, requires_grad=True)
+        muon = kernels.Muon([leaf], {"lr": 0.1})
+        leaf.grad = torch.randn(shape)
+        muon.step()
+        U, S, V = torch.linalg.svd(leaf.grad[0], full_matrices=False)
+        size = (U.T @ leaf[0] @ V.T).diagonal() / (0.1 * 70 ** 0.5)
+        assert size.max() < -0.6 and size.min() > -1.3      # of every direction, against it
+
 def test_update():
     """Nothing moves where anything is not finite; transposed gradients are taken as they are."""
     leaf = torch.zeros(1, 2, 3, requires_grad=True)
@@ -254,8 +257,7 @@ def test_update():
 
 # Tasks --------------------------------------------------------------------------------------------
 
-def numbered(classes=8, each=40):
-    """Domains in which every image carries its own number."""
+def numbered(classes=8, each=40):   # domains in which every image carries its own number
     images = torch.zeros(classes, each, 784, dtype=torch.uint8)
     images[..., 0] = torch.arange(classes).view(-1, 1)
     images[..., 1] = torch.arange(each)
@@ -311,8 +313,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     assert [steps for steps, _ in mtgan.few_shot(start, 1e-3, episode, [0, 1, 3])] == [0, 1, 3]
     assert [real is episode.support for real in seen] == [False, True, True, True]
 
-def whitened(n, d):
-    """n points of mean 0 and covariance 1."""
+def whitened(n, d):                 # n points of mean 0 and covariance 1
     x = torch.randn(n, d).double()
     x = x - x.mean(0)
     return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
@@ -323,7 +324,6 @@ def test_frechet_distance():
     s, r, shift = torch.tensor([[1.0, 2, 3, 0.5], [2, 1, 3, 1], [1, 0, 0, 2]]).double()
     closed = shift.square().sum() + (s - r).square().sum()
     assert abs(mtgan.frechet_distance(a * s, b * r + shift) - closed) < 1e-9
-    assert mtgan.frechet_distance(a * s, a * s) < 1e-9
     mixing = torch.randn(4, 4).double()                     # covariances that do not commute
     A, B = torch.diag(s ** 2), mixing @ mixing.T
     root = torch.linalg.eigvals(A @ B).sqrt().real.sum()
@@ -336,7 +336,6 @@ def test_interval():
     half = 2.2622 * np.std(values, ddof=1) / math.sqrt(10)
     mean, _, found = mtgan.interval(values).split()
     assert mean == "5.00" and abs(float(found) - half) < 0.02
-    assert mtgan.interval([30.0]).startswith("30 ± ")
 
 def test_judging_samples():
     torch.manual_seed(0)
@@ -355,8 +354,7 @@ def test_judging_samples():
 
 # What a meta-step costs: python test_mtgan.py ----------------------------------------------------
 
-class Counted(TorchDispatchMode):
-    """Counts the torch operators called."""
+class Counted(TorchDispatchMode):       # counts the torch operators called
     calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -364,22 +362,20 @@ class Counted(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 def memory_of(step):
-    """Megabytes that a step takes at its peak, on top of what is there; nan where no one tells."""
-    status = Path("/proc/self/status")
-    if torch.cuda.is_available() or not status.exists():
+    """Megabytes that a step takes at its peak, on top of what is there; only Linux tells."""
+    if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")           # Linux: look for the peak anew
-    before = int(re.search(r"VmRSS:\s+(\d+)", status.read_text())[1])
+    Path("/proc/self/clear_refs").write_text("5")           # look for the peak anew
+    status = Path("/proc/self/status")
+    before = re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]
     step()
-    return (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) / 1e3
+    return (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - int(before)) / 1e3
 
 def seconds_of(step):
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else time.perf_counter
-    wait()
     began = time.perf_counter()
     step()
-    wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 def benchmark(repetitions=5):
@@ -446,8 +442,7 @@ def poisoned(monkeypatch):
     yield
     assert all(memory.isnan().all() for memory in behind), "the kernel wrote beyond its output"
 
-def plain(x, weight, bias, slope):
-    """What fused_linear should compute."""
+def plain(x, weight, bias, slope):          # what fused_linear should compute
     z = x @ weight.mT + bias[:, None]
     return torch.where(z > 0, z, slope * z)
 
@@ -519,16 +514,13 @@ def test_gradcheck(poisoned, backend, slope):
         assert gradgradcheck(lambda *v: grad(layer(*v).square().sum(), v, create_graph=True),
                              inputs, fast_mode=True)
 
-def lines_printed(code, interpret="0"):
-    return subprocess.check_output(
-        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": interpret},
-        cwd=os.path.dirname(kernels.__file__), text=True).splitlines()
-
 @TRITON
 def test_compiled_kernels_do_not_spill_and_cannot_run_on_a_cpu():
     code = ("import kernels; print(kernels.why_not_triton('cpu')); "
             "[print(*row) for row in kernels.resources([90])]")
-    refusal, *rows = lines_printed(code)
+    refusal, *rows = subprocess.check_output(
+        [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"},
+        cwd=os.path.dirname(kernels.__file__), text=True).splitlines()
     assert "cpu" in refusal and "TRITON_INTERPRET=1" in refusal and len(rows) == 4
     for row in rows:
         registers, shared, spilled = map(int, row.split()[-3:])
@@ -566,7 +558,7 @@ def program(*arguments):
     return code
 
 def refused(capsys, *arguments):
-    """Run; return the one line that says what is wrong."""
+    """Run; returns the one line that says what is wrong."""
     capsys.readouterr()
     assert program(*arguments) == 2
     lines = capsys.readouterr().err.splitlines()
