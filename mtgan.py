@@ -558,7 +558,7 @@ def print_tables(folders):
 
 def interval(values):
     """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
-    mean, free = np.mean(values), max(len(values) - 1, 1e-9)    # degrees of freedom
+    mean, free = np.mean(values), len(values) - 1 or math.nan   # degrees of freedom
     half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
     return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
 
@@ -590,6 +590,7 @@ def filmstrip(film, domains, settings):
 
 HELD_OUT = 3                # classes of every data set that meta-training never sees
 SAVE_SECONDS = 30           # from one saved state to the next
+PATIENCE = 20               # so many non-finite updates in a row end a run
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
 SIGNATURE.add_text("Software", "mtgan.py")
@@ -646,7 +647,8 @@ def load_torchvision(name, data_dir):
             if part.data.shape != (len(part.targets), 28, 28):
                 raise ValueError(f"{len(part.targets)} labels, images {list(part.data.shape)}")
     except Exception as error:
-        if not isinstance(error, TimeoutError) and "downloading" not in str(error):
+        no_network = isinstance(error, (ConnectionError, TimeoutError))
+        if not no_network and "downloading" not in str(error):
             raise UserError(f"the files of {where} are damaged: {error}; delete them") from error
         built_in = "shapes" if name == "fashion" else "strokes"
         say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in; "
@@ -730,7 +732,7 @@ def training(stage, steps, tensors, optimizers, settings):
     numbers takes what a step has to say, and whether its update was "finite". tensors and
     optimizers are all that is changed, in place, and saved: after `kill -9` the same bits follow.
     """
-    path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
+    path, first, skipped, in_a_row = Path(settings.out, "state", f"{stage}.pt"), 0, 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
         for tensor, value in zip(tensors, values):
@@ -742,7 +744,11 @@ def training(stage, steps, tensors, optimizers, settings):
         reseed(settings.seed, stage, step)
         numbers = {}
         yield step, numbers
-        skipped += 0 if numbers.pop("finite") else 1
+        finite = numbers.pop("finite")
+        skipped += 0 if finite else 1
+        in_a_row = 0 if finite else in_a_row + 1
+        require(in_a_row < PATIENCE, f"{stage}: {PATIENCE} updates in a row were not finite; take a "
+                "smaller --inner-lr or --meta-lr")
         done, now = step + 1, time.monotonic()
         if done == steps or now - saved > SAVE_SECONDS:
             left = (now - began) / (done - first) * (steps - done)
@@ -788,14 +794,13 @@ def save(path, content):
 
 def claim(out, run=""):
     """Lock a folder for this process. It must be empty, or hold the file `run`."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = filelock.FileLock(out / ".lock", timeout=0).acquire()
-    except filelock.Timeout:
-        raise UserError(f"another process is at work in {out}") from None
     require((out / run).is_file() or not any(out.glob("[!.]*")),
             f"{out} is not empty: choose another --out")
-    return lock
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        return filelock.FileLock(out / ".lock", timeout=0).acquire()
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
     """Two reports must be of one experiment: of the same settings, and of the same images."""
@@ -903,7 +908,8 @@ def main(argv=None):
     """Run the command line. Returns the exit code: 0, 2 for what a user can put right, or 130."""
     global KERNEL
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")            # for a console that lacks a letter
+        if stream:                                      # a closed one is None
+            stream.reconfigure(errors="replace")        # for a console that lacks a letter
     try:
         settings = parse(argv)
         if settings.tables:

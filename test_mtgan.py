@@ -371,13 +371,6 @@ def memory_of(step):
     step()
     return (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - int(before)) / 1e3
 
-def seconds_of(step):
-    began = time.perf_counter()
-    step()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
 def benchmark(repetitions=5):
     """Print the gradient of an episode and a whole meta-step, each beside the plain loop's."""
     settings = mtgan.Settings(source=("strokes",), target=("shapes",))
@@ -398,12 +391,14 @@ def benchmark(repetitions=5):
     episode = draw()
     loop, ours = loop_gradient, mtgan.meta_gradient
     steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml", mtgan.score),
-             "gradient": lambda: ours(leaves, episode, "maml", mtgan.score),
+             "gradient": lambda: ours(leaves, episode, "maml", mtgan.score)[0].item(),
              "meta-step, plain loop": lambda: meta_step(loop), "meta-step": lambda: meta_step(ours)}
     memory = {name: memory_of(step) for name, step in steps.items()}    # the first also warms up
     seconds = {name: [] for name in steps}
-    for _, name in itertools.product(range(repetitions), steps):            # they take turns
-        seconds[name].append(seconds_of(steps[name]))
+    for _, name in itertools.product(range(repetitions), steps):        # they take turns
+        began = time.perf_counter()
+        steps[name]()
+        seconds[name].append(time.perf_counter() - began)
     print(f"{torch.get_num_threads()} threads, {settings.meta_batch} tasks, {settings.inner_steps} "
           f"inner steps\n{'':24}seconds  loop = 1  operators    MB")
     for name, step in steps.items():
@@ -841,6 +836,11 @@ def test_a_non_finite_update_is_skipped_and_counted(tmp_path, capsys):
     for step, numbers in mtgan.training("stage", 5, [leaf], [sgd], settings):
         numbers["finite"] = mtgan.update([sgd], [leaf], [torch.tensor([values[step]])])
     assert leaf.item() == -3 and re.search("stage 5/5.* 2 skipped", capsys.readouterr().err)
+
+def test_a_run_that_diverged_stops(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mtgan, "PATIENCE", 2)
+    line = refused(capsys, *command(pictures, tmp_path, "--meta-lr", 1e30))
+    assert "meta-training: 2 updates in a row were not finite" in line
 
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
