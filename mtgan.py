@@ -76,7 +76,7 @@ class Settings:
     test_seeds: int = option(3, "draws of the support in meta-testing (3)")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
-    steps: int = option(100, "steps of --adapt (100)")
+    steps: int = option(10, "steps of --adapt (10)")
     samples: int = option(64, "images that --adapt generates (64)")
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)      # no option
     judge_steps: int = 500                                      # no option
@@ -425,7 +425,7 @@ def train_all(domains, settings):
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
 
 TEST_PAIRS = 6              # at most so many held-out pairs are tested
-GO_ON_LR = 1e-4             # Adam's rate after the learned steps
+GO_ON_LR = 2e-5             # Adam's rate after the learned steps
 BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # Adam's without learned steps, a line each in the tables
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
