@@ -198,8 +198,22 @@ def adapt(theta, phi, rates, batches, second_order=True):
 
 def descend(parameters, rates, gradients):
     """p - a dL/dp for weights and biases, with a rate a for every layer  # rates [4]"""
-    rates = rates.repeat_interleave(2)
-    return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
+    return [*map(Descend.apply, parameters, rates.repeat_interleave(2), gradients)]
+
+class Descend(torch.autograd.Function):
+    """p' = p - a g. Backward finds g again, (p - p') / a: to keep none halves the memory."""
+
+    @staticmethod
+    def forward(ctx, p, a, g):
+        moved = p - a * g
+        if ctx.needs_input_grad[1]:         # else nothing is learned, as in meta-testing
+            ctx.save_for_backward(p, a, moved)
+        return moved
+
+    @staticmethod
+    def backward(ctx, u):
+        p, a, moved = ctx.saved_tensors
+        return u, -(u * (p - moved)).sum() / a, -a * u
 
 # 4  Outer loop: the initialisation learns ---------------------------------------------------------
 
@@ -805,7 +819,7 @@ def claim(out, run=""):
 def refuse_differences(folder, old, new, *free):
     """Two reports must be of one experiment: of the same settings, and of the same images."""
     same = old["images"] == new["images"]
-    free = {"out", "data_dir", *free, *(["source", "target"] if same else [])}
+    free = {"out", "data_dir", "steps", "samples", *free, *(["source", "target"] if same else [])}
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in free or before == value, f"{folder} has {name} {before}, not {value}")
