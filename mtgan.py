@@ -198,7 +198,8 @@ def adapt(theta, phi, rates, batches, second_order=True):
 
 def descend(parameters, rates, gradients):
     """p - a dL/dp for weights and biases, with a rate a for every layer  # rates [4]"""
-    return [*map(Descend.apply, parameters, rates.repeat_interleave(2), gradients)]
+    rates = rates.repeat_interleave(2)
+    return [Descend.apply(p, a, g) for p, a, g in zip(parameters, rates, gradients)]
 
 class Descend(torch.autograd.Function):
     """p' = p - a g. Backward finds g again, (p - p') / a: to keep none halves the memory."""
@@ -315,8 +316,8 @@ def sample_episode(domains, pairs, queries, settings, change=None):
     return Episode(batches, images[:, :shots], images[:, shots:])
 
 def made_up(images):
-    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`, then all images of a
-    task are mirrored, turned, slanted, moved and sized alike."""
+    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`, then all images of
+    a task are mirrored, turned, slanted, moved and sized alike."""
     tasks, n, _ = images.shape
     filled = torch.rand(tasks) < FILLED
     drawn = level_sets((torch.rand(tasks) < 0.5) & ~filled, filled, n)
@@ -327,8 +328,8 @@ def level_sets(pen, filled, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
     Bright is where the field is positive or, if the task has a `pen`, along its zero line, as in
-    characters. `filled` ones do not fade to the border. Known classes can be recognised; these never
-    return, and have to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
+    characters. `filled` ones do not fade to the border. Known classes can be recognised; these
+    never return, and have to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
     """
     tasks, pen, filled = len(pen), pen.view(-1, 1, 1, 1), filled.view(-1, 1, 1, 1)
 
@@ -449,8 +450,8 @@ def few_shot(start, lr, episode, test_steps):
     """Adapt a GAN to an episode's support. Yields (steps, theta) for the test_steps, ascending.
 
     start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
-    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more: the
-    players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
+    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more:
+    the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     rates = start[16].detach().exp() if len(start) > 16 else []
@@ -524,8 +525,8 @@ def judge_samples(samples, episode, targets, judge):
     return judged
 
 def meta_test(starts, judge, domains, settings):
-    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows, a
-    dict for every method, pair, support and steps, and film, {(method, steps): [T, 9, 784]}."""
+    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
+    a dict for every method, pair, support and steps, and film, {(method, steps): [T, 9, 784]}."""
     pairs, rows, film = domains.test[:TEST_PAIRS], [], {}
     targets = [list(domains.images).index(target) for _, target in pairs]
     n = min(500, spare(pairs, domains, settings) // 2)
@@ -761,8 +762,8 @@ def training(stage, steps, tensors, optimizers, settings):
         finite = numbers.pop("finite")
         skipped += 0 if finite else 1
         in_a_row = 0 if finite else in_a_row + 1
-        require(in_a_row < PATIENCE, f"{stage}: {PATIENCE} updates in a row were not finite; take a "
-                "smaller --inner-lr or --meta-lr")
+        require(in_a_row < PATIENCE, f"{stage}: {PATIENCE} updates in a row were not finite; take "
+                "a smaller --inner-lr or --meta-lr")
         done, now = step + 1, time.monotonic()
         if done == steps or now - saved > SAVE_SECONDS:
             left = (now - began) / (done - first) * (steps - done)

@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # before anything imports triton, as torchvision does
 
-import contextlib, functools, itertools, json, math, multiprocessing, pickle, re
+import contextlib, ctypes, functools, itertools, json, math, multiprocessing, pickle, re
 import resource, shlex, shutil, signal, statistics, subprocess, sys, time, urllib.error
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -361,10 +361,10 @@ class Counted(TorchDispatchMode):       # counts the torch operators called
         self.calls += 1
         return function(*args, **(kwargs or {}))
 
-def memory_of(step):
-    """Megabytes that a step takes at its peak, on top of what is there; only Linux tells."""
+def memory_of(step):                # megabytes at its peak, on top of what is there; Linux tells
     if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
+    ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back
     Path("/proc/self/clear_refs").write_text("5")           # look for the peak anew
     status = Path("/proc/self/status")
     before = re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]
