@@ -152,7 +152,7 @@ class X(torch.autograd.Function):
         return dg, dweight, None, None, None, None
 
 
-# ------------------------------------------------------------------------------- 3 The layer
+# ------------------------------------------- 3 The layer, and the optimiser of the outer steps
 def why_not_triton(device):
     """Why Triton cannot run on a device, in one line; None where it can."""
     if triton is None:
