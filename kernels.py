@@ -7,7 +7,7 @@ LeakyReLU bends only at 0, so m is a constant when we differentiate, and it can 
 which has the sign of what went in. Then two operations are enough (Σ sums a row):
 
     L(x, W, b; y) = m * (x Wᵀ + b)        gradients from g:     X(g, W; y) and X(gᵀ, x; yᵀ)
-    X(g, W; y)    = (m * g) W, Σ m * g    gradients from u, v: L(W, u, v; yᵀ)ᵀ, X(gᵀ, u; yᵀ)
+    X(g, W; y)    = (m * g) W, Σ m * g   gradients from u, v: L(W, u, v; yᵀ)ᵀ, X(gᵀ, u; yᵀ)
 
 Their gradients are the two again, which gives every order. Each is one product with a mask, which
 a kernel in Triton, a dialect of Python for GPUs, computes, or else a few lines of PyTorch.

@@ -207,14 +207,15 @@ class Descend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p, a, g):
         moved = p - a * g
-        if ctx.needs_input_grad[1]:         # else nothing is learned, as in meta-testing
-            ctx.save_for_backward(p, a, moved)
+        kept = (p, moved) if ctx.needs_input_grad[1] else ()    # where a is learned
+        ctx.save_for_backward(a, *kept)
         return moved
 
     @staticmethod
     def backward(ctx, u):
-        p, a, moved = ctx.saved_tensors
-        return u, -(u * (p - moved)).sum() / a, -a * u
+        a, *kept = ctx.saved_tensors
+        da = -(u * (kept[0] - kept[1])).sum() / a if kept else None
+        return u, da, -a * u if ctx.needs_input_grad[2] else None
 
 # 4  Outer loop: the initialisation learns ---------------------------------------------------------
 
@@ -853,9 +854,9 @@ def parse(argv):
     mode = next((mode for mode in modes if mode in given), "train")
     for name, value in given.items():
         least = 0 if name in ("seed", "source_steps", "warm_steps") else 1e-9
-        option = f"--{name.replace('_', '-')}"
-        require(name in modes[mode], f"{option} is of no use here; -h lists the options")
-        require(not isinstance(value, (int, float)) or value >= least, f"{option} is too small")
+        flag = f"--{name.replace('_', '-')}"
+        require(name in modes[mode], f"{flag} is of no use here; -h lists the options")
+        require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
     require(mode != "adapt" or len(given.get("target", [])) == 1,
             "--adapt needs one --target, such as a folder of pictures")
     settings = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})

@@ -1,4 +1,4 @@
-"""pytest test_mtgan.py tests every gradient against a plain loop and float64 finite differences, and
+"""pytest test_mtgan.py tests every gradient against a plain loop and float64 finite differences,
 every file against a kill; python test_mtgan.py prints what a meta-step costs beside that loop."""
 import os
 
@@ -148,6 +148,12 @@ def test_first_order_is_the_loops_first_order(small):
     _, first = meta_gradient(leaves, episode, "fomaml")
     assert distance(first, grad(expected, leaves, materialize_grads=True)) < 1e-12
 
+@pytest.mark.parametrize("learned", [(True, True, True), (True, False, True), (True, True, False)])
+def test_descend(learned):          # also where the rates or the gradients are constants
+    values = torch.rand(2, 3).double(), torch.tensor(0.3).double(), torch.rand(2, 3).double()
+    inputs = [value.requires_grad_(wanted) for value, wanted in zip(values, learned)]
+    assert gradcheck(mtgan.Descend.apply, inputs)
+
 def test_inner_gradients_are_partial(small):        # without the aliases they are something else
     leaves, episode = small
     _, gradient = meta_gradient(leaves, episode)
@@ -182,7 +188,6 @@ def test_meta_gradient_through_triton(small, monkeypatch):
 def test_losses():
     def log(x):
         return math.log(1 + math.exp(x))
-
     real, fake = torch.tensor([[2.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
     expected = (log(-2) + log(1) + log(-3) + log(0.5)) / 2
     assert abs(mtgan.loss_d(real, fake).item() - expected) < 1e-6
@@ -194,12 +199,10 @@ def test_losses():
 def test_energy_distance():
     torch.manual_seed(0)
     x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 4, 3).double()
-
     def mean(a, b, same):
         pairs = [(p - q).norm() for i, p in enumerate(a) for j, q in enumerate(b)
                  if not same or i != j]
         return sum(pairs) / len(pairs)
-
     expected = [2 * mean(a, b, False) - mean(a, a, True) - mean(b, b, True) for a, b in zip(x, y)]
     assert torch.allclose(mtgan.energy_distance(x, y), torch.stack(expected))
     draws = mtgan.energy_distance(*torch.randn(2, 1000, 20, 3))
@@ -343,10 +346,8 @@ def test_judging_samples():
     episode = mtgan.Episode([], support, torch.cat([fresh, reference], 1))
     features = torch.nn.Linear(784, 5)
     judge = torch.nn.Sequential(features, torch.nn.Linear(5, 3)).requires_grad_(False)
-
     def judged(samples):
         return mtgan.judge_samples(samples, episode, [0], judge)[0]
-
     assert judged(support)["nearest"] < 1e-3 and abs(judged(fresh)["nearest"] - 1) < 1e-5
     assert judged(reference)["frechet"] < 1e-6 < judged(torch.zeros(1, 40, 784))["frechet"]
     share = (judge(fresh[0]).argmax(-1) == 0).double().mean()
@@ -388,8 +389,7 @@ def benchmark(repetitions=5):
         direction = gradient(leaves, draw(), "maml", mtgan.score)[1]
         mtgan.update(optimizers, leaves, mtgan.unit(direction))
 
-    episode = draw()
-    loop, ours = loop_gradient, mtgan.meta_gradient
+    episode, loop, ours = draw(), loop_gradient, mtgan.meta_gradient
     steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml", mtgan.score),
              "gradient": lambda: ours(leaves, episode, "maml", mtgan.score)[0].item(),
              "meta-step, plain loop": lambda: meta_step(loop), "meta-step": lambda: meta_step(ours)}
