@@ -61,7 +61,8 @@ class Settings:
     data_dir: str = option("data", "where data sets are, or are downloaded to", metavar="DIR")
     out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
     seed: int = option(0, "decides all that is random (0)")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 ...", metavar="NAME")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu",
+                         "cpu, cuda, cuda:1 ... (cuda, if there is one)", metavar="NAME")
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
@@ -221,11 +222,11 @@ class Descend(torch.autograd.Function):
 
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
-    sources: list           # a batch of the source for every source step, [T, shots, 784]
+    sources: list           # the batch [T, shots, 784] of every step on the source
     support: torch.Tensor   # [T, shots, 784]
     query: torch.Tensor     # [T, queries, 784], none of them in the support
 
-def meta_gradient(leaves, episode, algorithm, score=score):
+def meta_gradient(leaves, episode, algorithm):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
@@ -288,6 +289,7 @@ class Domains(NamedTuple):
     images: dict            # 'mnist 7' -> uint8 [n, 784], bright on dark
     train: list             # pairs to meta-train on
     test: list              # pairs of classes that are held out from all training
+    fewest: int             # images of the smallest class
     title: str              # 'mnist and fashion'
 
 def some(images, n):
@@ -302,10 +304,6 @@ def pick(things, n):
 def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
     return torch.stack([some(domains.images[name], n) for name in classes])
-
-def spare(pairs, domains, settings):
-    """How many images every target has besides the shots."""
-    return min(len(domains.images[target]) for _, target in pairs) - settings.shots
 
 def sample_episode(domains, pairs, queries, settings, change=None):
     """The `Episode` of tasks given as pairs; change: a function of the targets' images."""
@@ -394,9 +392,10 @@ def train_gan(stage, start, steps, made_up_from, domains, settings):
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = gan_optimizers(leaves, 2e-4)
     known = sorted({name for pair in domains.train for name in pair})
+    pool = torch.cat([domains.images[name] for name in known])
     for step, numbers in training(stage, steps, leaves, optimizers, settings):
         if step < made_up_from:
-            real = sample_images(domains, pick(known, GAN_BATCH), 1)
+            real = some(pool, GAN_BATCH)
         else:
             real = made_up(sample_images(domains, pick(known, 4), GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
@@ -432,7 +431,7 @@ def train_all(domains, settings):
     start = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
     steps = settings.warm_steps
     warm = train_gan("warm start", start, steps, steps * 2 // 3, domains, settings)
-    queries = min(QUERIES, spare(domains.train, domains, settings))
+    queries = min(QUERIES, domains.fewest - settings.shots)
     seen = settings.shots * (settings.source_steps + 1) + queries       # images of a task
     steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
     transfer = train_gan("transfer", warm, steps, 0, domains, settings)
@@ -447,8 +446,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
 
-def few_shot(start, lr, episode, test_steps):
-    """Adapt a GAN to an episode's support. Yields (steps, theta) for the test_steps, ascending.
+def few_shot(start, lr, episode):
+    """Adapt a GAN to an episode's support. Yields theta before and after every step, without end.
 
     start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
     [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more:
@@ -456,32 +455,28 @@ def few_shot(start, lr, episode, test_steps):
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     rates = start[16].detach().exp() if len(start) > 16 else []
-    batches = [*episode.sources, *[episode.support] * test_steps[-1]]
-    steps = -len(episode.sources) - 1                   # those on the source do not count
+    batches = itertools.chain(episode.sources, itertools.repeat(episode.support))
     for theta, phi in adapt(shared[:8], shared[8:], rates, batches, second_order=False):
-        adapted, steps = [*theta, *phi], steps + 1
-        if steps in test_steps:
-            yield steps, theta
+        adapted = [*theta, *phi]
+        yield theta
     leaves = [p.detach().clone().requires_grad_() for p in adapted]
     optimizers, average = gan_optimizers(leaves, lr), [p.detach().clone() for p in leaves[:8]]
-    for count, real in enumerate(batches[len(rates):], 1):
+    for count, real in enumerate(batches, 1):
         gan_step(leaves, optimizers, real, FAKES)
         with torch.no_grad():
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
-        if steps + count in test_steps:
-            yield steps + count, average
+        yield average
 
 def without_a_gan(support, n):
     """What a sceptic tries first with the support [T, shots, 784]: {name: [T, n, 784]}"""
     tasks, shots, _ = support.shape
-    mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     first, second = (support[:, torch.randint(shots, (n,))] for _ in range(2))
     share = torch.rand(tasks, n, 1)
+    mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
     weights = torch.randn(tasks, n, components) * scale[:, None, :components]
     gaussian = mean + weights @ directions[:, :components] / max(1, shots - 1) ** 0.5
-    return {"mean image": mean.expand(-1, n, -1), "support repeated": first,
-            "pairwise mix": share * first + (1 - share) * second,
+    return {"support repeated": first, "pairwise mix": share * first + (1 - share) * second,
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
 def train_judge(domains, settings):
@@ -530,17 +525,19 @@ def meta_test(starts, judge, domains, settings):
     a dict for every method, pair, support and steps, and film, {(method, steps): [T, 9, 784]}."""
     pairs, rows, film = domains.test[:TEST_PAIRS], [], {}
     targets = [list(domains.images).index(target) for _, target in pairs]
-    n = min(500, spare(pairs, domains, settings) // 2)
+    n = min(500, (domains.fewest - settings.shots) // 2)
 
     def test(method, seed):
         reseed(settings.seed, "test", seed)
         episode = sample_episode(domains, pairs, 2 * n, settings)
-        plain = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
-        samples = [(name, None, x) for name, x in plain.items()]
-        if method != "no GAN":
-            adapted = few_shot(*starts[method], episode, settings.test_steps)
+        if method == "no GAN":
+            plain = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
+            samples = [(name, None, x) for name, x in plain.items()]
+        else:
+            count = range(-settings.source_steps, settings.test_steps[-1] + 1)
             samples = [(method, steps, generator(theta, noise(len(pairs), n)).detach())
-                       for steps, theta in adapted]
+                       for steps, theta in zip(count, few_shot(*starts[method], episode))
+                       if steps in settings.test_steps]
         return [(name, steps, x[:, :9].clone(), judge_samples(x, episode, targets, judge))
                 for name, steps, x in samples]
 
@@ -561,7 +558,7 @@ def print_tables(folders):
         refuse_differences(path.parent, report, reports[0], "seed")
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
-    say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'mean image' for row in rows)}")
+    say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -590,23 +587,23 @@ def filmstrip(film, domains, settings):
     targets = [target for _, target in domains.test[:TEST_PAIRS]]
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[1]:g}"
     rows = list(itertools.product(dict.fromkeys(targets), methods))
-    columns, size, left = [None, *settings.test_steps], 184, 220
-    canvas = Image.new("L", (left + size * len(columns), 32 + size * len(rows)), 255)
+    columns, side, above = [None, *settings.test_steps], 184, 44
+    canvas = Image.new("L", (side * len(columns), (side + above) * len(rows)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for (i, (name, method)), (j, steps) in itertools.product(enumerate(rows), enumerate(columns)):
-        x, y = left + size * j, 32 + size * i
-        of, title = ("support repeated", "support") if j == 0 else (method, f"step {steps}")
-        canvas.paste(picture(film[of, steps][targets.index(name)], 3, 2), (x, y))
-        pen.text((x + size / 2, 16), title, 0, font, anchor="mm")
-        label = [*textwrap.wrap(name, 24)[-6:], method]
-        pen.text((8, y + size / 2), "\n".join(label), 0, font, anchor="lm")
+    for i, (name, method) in enumerate(rows):
+        y = (side + above) * i
+        pen.text((4, y), f"{name}, {method}", 0, font)
+        for j, steps in enumerate(columns):
+            of, title = ("support repeated", "support") if j == 0 else (method, f"step {steps}")
+            pen.text((side * j + 4, y + 20), title, 0, font)
+            canvas.paste(picture(film[of, steps][targets.index(name)], 3, 2), (side * j, y + above))
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
 
 HELD_OUT = 3                # classes of every data set that meta-training never sees
 SAVE_SECONDS = 30           # from one saved state to the next
-PATIENCE = 20               # so many non-finite updates in a row end a run
+PATIENCE = 20               # so many non-finite updates, and half of all, end a run
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
 SIGNATURE.add_text("Software", "mtgan.py")
@@ -633,7 +630,8 @@ def load_domains(settings):
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = [pair for pair in pairs if held_out >= set(pair)]
     require(train and test, "too few classes: of each data set a third, 3 at most, is held out")
-    return Domains(images, train, test, " and ".join(dict.fromkeys(titles)))
+    fewest = min(len(content) for content in images.values())
+    return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
     """A data set, or some classes as in mnist:0-6,9: its name, {class: uint8 [n, 784]}"""
@@ -660,12 +658,10 @@ def load_torchvision(name, data_dir):
     try:
         parts = [kind(data_dir, train, download=True) for train in (True, False)]
         for part in parts:
-            if part.data.shape != (len(part.targets), 28, 28):
-                raise ValueError(f"{len(part.targets)} labels, images {list(part.data.shape)}")
+            require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        no_network = isinstance(error, (ConnectionError, TimeoutError))
-        if not no_network and "downloading" not in str(error):
-            raise UserError(f"the files of {where} are damaged: {error}; delete them") from error
+        offline = isinstance(error, (ConnectionError, TimeoutError)) or "downloading" in str(error)
+        require(offline, f"the files of {where} are damaged: {error}; delete them")
         built_in = "shapes" if name == "fashion" else "strokes"
         say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in; "
             f"figures on it prove nothing. ({' '.join(str(error).split())})", sys.stderr)
@@ -708,8 +704,8 @@ def load_folder(folder):
 
     read(folder)
     if left_out:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
-        say(f"{folder}: left out {kinds}", sys.stderr)
+        say(f"{folder}: left out {', '.join(f'{n} {kind}' for kind, n in left_out.items())}",
+            sys.stderr)
     require(classes, f"there is no readable picture in '{folder}'")
     return {label: torch.tensor(np.stack(images)) for label, images in classes.items()}
 
@@ -748,7 +744,7 @@ def training(stage, steps, tensors, optimizers, settings):
     numbers takes what a step has to say, and whether its update was "finite". tensors and
     optimizers are all that is changed, in place, and saved: after `kill -9` the same bits follow.
     """
-    path, first, skipped, in_a_row = Path(settings.out, "state", f"{stage}.pt"), 0, 0, 0
+    path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
         for tensor, value in zip(tensors, values):
@@ -760,17 +756,14 @@ def training(stage, steps, tensors, optimizers, settings):
         reseed(settings.seed, stage, step)
         numbers = {}
         yield step, numbers
-        finite = numbers.pop("finite")
-        skipped += 0 if finite else 1
-        in_a_row = 0 if finite else in_a_row + 1
-        require(in_a_row < PATIENCE, f"{stage}: {PATIENCE} updates in a row were not finite; take "
-                "a smaller --inner-lr or --meta-lr")
+        skipped += 0 if numbers.pop("finite") else 1
         done, now = step + 1, time.monotonic()
+        require(skipped < PATIENCE + done // 2,
+                f"{stage}: {skipped} of {done} updates were not finite; take a smaller rate")
         if done == steps or now - saved > SAVE_SECONDS:
             left = (now - began) / (done - first) * (steps - done)
-            shown = [f"{name} {value:.3g}" for name, value in numbers.items()]
-            shown = [f"{done}/{steps}, {left:.0f} s left, {skipped} skipped", *shown]
-            say(f"{stage} {', '.join(shown)}", sys.stderr)
+            shown = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
+            say(f"{stage} {done}/{steps}, {left:.0f} s left, {skipped} skipped{shown}", sys.stderr)
             save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
             saved = now
 
@@ -788,8 +781,7 @@ def load(path, *keys):
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
-            device = torch.get_default_device()
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(path, torch.get_default_device(), weights_only=True)
         return content if not keys else {key: content[key] for key in keys}
     except Exception as error:              # whatever a damaged or foreign file makes them raise
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
@@ -821,7 +813,7 @@ def claim(out, run=""):
 def refuse_differences(folder, old, new, *free):
     """Two reports must be of one experiment: of the same settings, and of the same images."""
     same = old["images"] == new["images"]
-    free = {"out", "data_dir", "steps", "samples", *free, *(["source", "target"] if same else [])}
+    free = {"out", "data_dir", "device", *free, *(["source", "target"] if same else [])}
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in free or before == value, f"{folder} has {name} {before}, not {value}")
@@ -883,8 +875,7 @@ def run(settings):
             save(path, report)
         start, transfer = train_all(domains, settings)
         reseed(settings.seed, "sources")
-        source = domains.images[domains.train[0][0]]
-        sources = [some(source, settings.shots) for _ in range(settings.source_steps)]
+        sources = sample_episode(domains, domains.train[:1], 1, settings).sources
         save(out / "mtgan.pt", {"start": start, "sources": sources, "domains": domains.title})
         judge = train_judge(domains, settings)
         reseed(settings.seed, "scratch")
@@ -908,9 +899,9 @@ def deploy(settings):
     shots = settings.shots or min(Settings.shots, len(images))
     require(shots <= len(images), f"'{spec}' has {len(images)} images, fewer than --shots {shots}")
     reseed(settings.seed, "adapt")
-    sources = [batch.unsqueeze(0) for batch in saved["sources"]]
-    episode = Episode(sources, some(images, shots).unsqueeze(0), None)
-    [(_, theta)] = few_shot(saved["start"], GO_ON_LR, episode, [settings.steps])
+    episode = Episode(saved["sources"], some(images, shots).unsqueeze(0), None)
+    steps = len(episode.sources) + settings.steps
+    theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
     samples = generator(theta, noise(1, settings.samples))[0].detach()      # [samples, 784]
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps or more --shots")
     out = Path(settings.out)
@@ -931,15 +922,14 @@ def main(argv=None):
         if settings.tables:
             print_tables(settings.tables)
             return 0
-        KERNEL, device = settings.kernel, settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        KERNEL = settings.kernel
         try:
-            torch.set_default_device(device)
+            torch.set_default_device(settings.device)
             torch.ones(1).double().item()
         except Exception:
-            raise UserError(f"--device {device} cannot be used here; try cpu") from None
-        require(KERNEL != "triton" or not why_not_triton(device), why_not_triton(device))
+            raise UserError(f"--device {settings.device} cannot be used here; try cpu") from None
+        if KERNEL == "triton":
+            require(not why_not_triton(settings.device), why_not_triton(settings.device))
         keep_memory()
         if settings.adapt is None:
             run(settings)

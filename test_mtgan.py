@@ -32,7 +32,7 @@ def mlp(parameters, x, slope):      # a network of one task in plain PyTorch
         x = F.leaky_relu(x, slope) if i + 2 < len(parameters) else x
     return x
 
-def loop_tasks(leaves, episode, score, second_order=True, alias=True):
+def loop_tasks(leaves, episode, second_order=True, alias=True):
     """Task after task of an episode: yields its loss and its adapted parameters.
 
     alias=False makes the classic mistake: gradients at tensors that earlier steps depend on.
@@ -64,13 +64,13 @@ def loop_tasks(leaves, episode, score, second_order=True, alias=True):
                 mlp(phi, mlp(theta, seed, 0).tanh(), 0.2)[:, 0]))
             if step in scored:
                 fake = mlp(theta, next(z), 0).tanh()
-                losses.append(score(fake[None], query[t][None])[0])
+                losses.append(mtgan.score(fake[None], query[t][None])[0])
         yield sum(losses) / len(losses), [*theta, *phi]
 
-def loop_gradient(leaves, episode, algorithm, score):
+def loop_gradient(leaves, episode, algorithm):
     """`mtgan.meta_gradient` for maml, by the plain loop."""
     gradients, total = [torch.zeros_like(leaf) for leaf in leaves], 0
-    for loss, _ in loop_tasks(leaves, episode, score):
+    for loss, _ in loop_tasks(leaves, episode):
         torch._foreach_add_(gradients, grad(loss / len(episode.query), leaves))
         total += loss.item() / len(episode.query)
     return total, gradients
@@ -83,6 +83,7 @@ def small(monkeypatch, request):
     source_steps, inner_steps = getattr(request, "param", (1, 3))
     monkeypatch.setattr(mtgan, "NOISE", 3)
     monkeypatch.setattr(mtgan, "FAKES", 4)
+    monkeypatch.setattr(mtgan, "score", mtgan.energy_distance)
     monkeypatch.setattr(mtgan, "GENERATOR_SIZES", (3, 10, 9, 8, 7))
     monkeypatch.setattr(mtgan, "DISCRIMINATOR_SIZES", (7, 9, 8, 10, 1))
     torch.set_default_dtype(torch.float64)
@@ -96,11 +97,11 @@ def small(monkeypatch, request):
 
 def meta_gradient(leaves, episode, algorithm="maml"):
     torch.manual_seed(5)
-    return mtgan.meta_gradient(leaves, episode, algorithm, mtgan.energy_distance)
+    return mtgan.meta_gradient(leaves, episode, algorithm)
 
 def by_loop(leaves, episode, **options):
     torch.manual_seed(5)
-    losses, ends = zip(*loop_tasks(leaves, episode, mtgan.energy_distance, **options))
+    losses, ends = zip(*loop_tasks(leaves, episode, **options))
     return sum(losses) / len(losses), ends
 
 def distance(a, b):
@@ -266,7 +267,7 @@ def numbered(classes=8, each=40):   # domains in which every image carries its o
     images[..., 1] = torch.arange(each)
     names = [f"d {c}" for c in range(classes)]
     pairs = [(s, t) for s in names[:3] for t in names[3:6]]
-    return mtgan.Domains(dict(zip(names, images)), pairs, [("d 6", "d 7")], "d")
+    return mtgan.Domains(dict(zip(names, images)), pairs, [("d 6", "d 7")], each, "d")
 
 def test_support_and_query_are_disjoint_and_of_the_target():
     pairs = [("d 0", "d 3"), ("d 2", "d 5")]
@@ -294,7 +295,7 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
 # Meta-testing -------------------------------------------------------------------------------------
 
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
-    """Steps on the sources count from below 0; without learned rates all steps are Adam's."""
+    """Without learned rates all steps are Adam's, those on the source as well."""
     torch.manual_seed(0)
     start = mtgan.new_network(mtgan.GENERATOR_SIZES) + mtgan.new_network(mtgan.DISCRIMINATOR_SIZES)
     rates = torch.full((3, 2, 4), 0.05).log()               # 1 on the source, 2 on the support
@@ -302,19 +303,23 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     seen = []
     original = mtgan.gan_step
     monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a[2]) or original(*a))
-    torch.manual_seed(1)
-    adapted = {steps: [p.clone() for p in theta] for steps, theta in
-               mtgan.few_shot([*start, rates], 1e-3, episode, [0, 2, 4])}
-    assert list(adapted) == [0, 2, 4] and len(seen) == 2
+
+    def adapted(start, steps):
+        torch.manual_seed(1)
+        thetas = itertools.islice(mtgan.few_shot(start, 1e-3, episode), steps + 1)
+        return [[p.clone() for p in theta] for theta in thetas]
+
+    found = adapted([*start, rates], 5)
+    assert len(seen) == 2
     torch.manual_seed(1)
     batches = [*episode.sources, *2 * [episode.support]]
     leaves = [p.requires_grad_() for p in start]
-    _, (zero, _), _, (two, _) = mtgan.adapt(leaves[:8], leaves[8:], rates.exp(), batches, False)
-    assert distance(adapted[0], zero) == distance(adapted[2], two) == 0
-    assert distance(adapted[4], adapted[2]) > 0
+    for k, (theta, _) in enumerate(mtgan.adapt(leaves[:8], leaves[8:], rates.exp(), batches)):
+        assert distance(found[k], theta) == 0
+    assert k == 3 and distance(found[4], found[3]) > 0 and distance(found[5], found[4]) > 0
     seen.clear()
-    assert [steps for steps, _ in mtgan.few_shot(start, 1e-3, episode, [0, 1, 3])] == [0, 1, 3]
-    assert [real is episode.support for real in seen] == [False, True, True, True]
+    assert distance(adapted(start, 3)[0], start[:8]) == 0
+    assert [real is episode.support for real in seen] == [False, True, True]
 
 def whitened(n, d):                 # n points of mean 0 and covariance 1
     x = torch.randn(n, d).double()
@@ -386,12 +391,12 @@ def benchmark(repetitions=5):
         return mtgan.sample_episode(domains, pairs, mtgan.QUERIES, settings, mtgan.made_up)
 
     def meta_step(gradient):
-        direction = gradient(leaves, draw(), "maml", mtgan.score)[1]
+        direction = gradient(leaves, draw(), "maml")[1]
         mtgan.update(optimizers, leaves, mtgan.unit(direction))
 
     episode, loop, ours = draw(), loop_gradient, mtgan.meta_gradient
-    steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml", mtgan.score),
-             "gradient": lambda: ours(leaves, episode, "maml", mtgan.score)[0].item(),
+    steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml"),
+             "gradient": lambda: ours(leaves, episode, "maml"),
              "meta-step, plain loop": lambda: meta_step(loop), "meta-step": lambda: meta_step(ours)}
     memory = {name: memory_of(step) for name, step in steps.items()}    # the first also warms up
     seconds = {name: [] for name in steps}
@@ -410,7 +415,6 @@ def benchmark(repetitions=5):
 
 def test_benchmark(small, capsys, monkeypatch):
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(mtgan, "score", mtgan.energy_distance)
     episode = mtgan.Episode([], torch.rand(4, 5, 7), torch.rand(4, 6, 7))
     monkeypatch.setattr(mtgan, "sample_episode", lambda *_: episode)
     benchmark(repetitions=1)
@@ -789,7 +793,7 @@ def test_results_of_two_seeds(finished, pictures, tmp_path):
     one, two = (report_of(out)["rows"] for out in (finished, tmp_path))
     assert not {row["frechet"] for row in one} & {row["frechet"] for row in two}
     with Image.open(tmp_path / "adaptation.png") as strip:
-        eel, _, fox, _ = np.split(np.asarray(strip)[32:, :200], 4)
+        eel, _, fox, _ = (row[:44] for row in np.split(np.asarray(strip), 4))
     assert not np.array_equal(eel, fox)         # the longest label ends with the class
 
 def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, capsys):
@@ -838,9 +842,9 @@ def test_a_non_finite_update_is_skipped_and_counted(tmp_path, capsys):
     assert leaf.item() == -3 and re.search("stage 5/5.* 2 skipped", capsys.readouterr().err)
 
 def test_a_run_that_diverged_stops(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mtgan, "PATIENCE", 2)
+    monkeypatch.setattr(mtgan, "PATIENCE", 1)
     line = refused(capsys, *command(pictures, tmp_path, "--meta-lr", 1e30))
-    assert "meta-training: 2 updates in a row were not finite" in line
+    assert re.search("meta-training: . of . updates were not finite", line)
 
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
