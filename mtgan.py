@@ -91,7 +91,6 @@ def require(fine, message):
         raise UserError(message)
 
 # 1  Networks, functions of their parameters; T tasks, B images, K inputs, N outputs ---------------
-
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
@@ -126,7 +125,6 @@ def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
 # 2  The game, and a score that no player can cheat ------------------------------------------------
-
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
@@ -141,18 +139,11 @@ def energy_distance(x, y):
     Its expectation is least, and 0, where both have one distribution (for GANs Bellemare et al.
     2017, arXiv 1705.10743). No image is compared with itself.
     """
-    n, images = x.shape[1], torch.cat([x, y], 1)                        # [T, n + m, d]
-    square = images.square().sum(-1)
-    # |a - b|^2 = |a|^2 + |b|^2 - 2 ab: one product for all pairs. Rounding can make it negative.
-    squared = torch.baddbmm(square.unsqueeze(1) + square.unsqueeze(2), images, images.mT, alpha=-2)
-    itself = torch.eye(images.shape[1], dtype=torch.bool)
-    distance = squared.clamp(min=1e-12).sqrt().masked_fill(itself, 0)   # [T, n + m, n + m]
+    def within(images):
+        n = images.shape[1]
+        return torch.cdist(images, images).sum((1, 2)) / (n * (n - 1))
 
-    def within(block):
-        return block.sum((1, 2)) / (block.shape[1] * (block.shape[1] - 1))
-
-    between = distance[:, :n, n:].mean((1, 2))
-    return 2 * between - within(distance[:, :n, :n]) - within(distance[:, n:, n:])
+    return 2 * torch.cdist(x, y).mean((1, 2)) - within(x) - within(y)
 
 def edges(images):
     """Differences of neighbouring pixels, in which speckle shows  # [T, n, 784] -> [T, n, 1512]"""
@@ -168,7 +159,6 @@ def score(fake, query):
     return energy_distance(fake, query) + energy_distance(edges(fake), edges(query))
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------------------
-
 FAKES = 25                  # generated images in an inner step
 
 def adapt(theta, phi, rates, batches, second_order=True):
@@ -219,7 +209,6 @@ class Descend(torch.autograd.Function):
         return u, da, -a * u if ctx.needs_input_grad[2] else None
 
 # 4  Outer loop: the initialisation learns ---------------------------------------------------------
-
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
     sources: list           # the batch [T, shots, 784] of every step on the source
@@ -272,11 +261,13 @@ def outer_optimizers(leaves):
     """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
     matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
     vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
-    groups = [{"params": vectors}, {"params": leaves[-1:]}]
-    return [Muon(matrices, {"lr": 0.0}), torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True)]
+    return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
+
+def adam(leaves, lr):
+    """Adam with the memory of a few steps that suits a game."""
+    return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
 # 5  Tasks: pairs of domains, known or drawn -------------------------------------------------------
-
 QUERIES = 64                # target images that score an adapted generator
 DRAWN = 0.7                 # share of the targets that are drawn, not known classes
 FILLED = 0.4                # share of those that reach the border, where others fade to black
@@ -356,7 +347,6 @@ def level_sets(pen, filled, n):
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
 # 6  Training; `training`, in section 8, adds progress, saving and going on ------------------------
-
 GAN_BATCH = 64              # real images in a step of ordinary GAN training
 MAX_RATE = 0.5              # inner learning rates are learned, up to here
 
@@ -369,11 +359,6 @@ def update(optimizers, leaves, gradients):
         for optimizer in optimizers:
             optimizer.step()
     return finite
-
-def gan_optimizers(leaves, lr):
-    """An Adam for G and one for D."""
-    return [torch.optim.Adam(player, lr, betas=(0.5, 0.999), fused=True)
-            for player in (leaves[:8], leaves[8:])]
 
 def gan_step(leaves, optimizers, real, fakes):
     """An ordinary step of D, then of G, on real images [T, B, 784] and `fakes` generated ones."""
@@ -390,7 +375,7 @@ def train_gan(stage, start, steps, made_up_from, domains, settings):
     """Ordinary GAN training on all meta-training classes together and, from a step on, on tasks
     made up of them. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
-    optimizers = gan_optimizers(leaves, 2e-4)
+    optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     known = sorted({name for pair in domains.train for name in pair})
     pool = torch.cat([domains.images[name] for name in known])
     for step, numbers in training(stage, steps, leaves, optimizers, settings):
@@ -409,10 +394,9 @@ def meta_train(start, queries, domains, settings):
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), settings.meta_steps
     for step, numbers in training("meta-training", steps, leaves, optimizers, settings):
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         lr = settings.meta_lr * min(1, 2 - 2 * step / steps)    # falls to 0 in the second half
-        for group, factor in zip(groups, (1, 1, 12.5)):         # a logarithm must move faster
-            group["lr"] = factor * lr
+        for optimizer, factor in zip(optimizers, (1, 1, 12.5)):     # a logarithm must move faster
+            optimizer.param_groups[0]["lr"] = factor * lr
         pairs = pick(domains.train, settings.meta_batch)
         episode = sample_episode(domains, pairs, queries, settings, made_up)
         loss, gradient = meta_gradient(leaves, episode, settings.algorithm)
@@ -438,7 +422,6 @@ def train_all(domains, settings):
     return meta_train(warm, queries, domains, settings), transfer
 
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
-
 GO_ON_LR = 2e-5             # Adam's rate after the learned steps
 BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # Adam's without learned steps, a line each in the tables
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
@@ -459,7 +442,8 @@ def few_shot(start, lr, episode):
         adapted = [*theta, *phi]
         yield theta
     leaves = [p.detach().clone().requires_grad_() for p in adapted]
-    optimizers, average = gan_optimizers(leaves, lr), [p.detach().clone() for p in leaves[:8]]
+    average = [p.detach().clone() for p in leaves[:8]]
+    optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
     for count, real in enumerate(batches, 1):
         gan_step(leaves, optimizers, real, FAKES)
         with torch.no_grad():
@@ -488,12 +472,12 @@ def train_judge(domains, settings):
         nn.Linear(1568, 64), nn.ReLU())
     judge = nn.Sequential(features, nn.Linear(64, len(names)))
     leaves = list(judge.parameters())
-    adam = torch.optim.Adam(leaves, 1e-3)
-    for _, numbers in training("judge", settings.judge_steps, leaves, [adam], settings):
+    optimizers = [adam(leaves, 1e-3)]
+    for _, numbers in training("judge", settings.judge_steps, leaves, optimizers, settings):
         labels = torch.randint(len(names), (128,))
         x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)    # [128, 784]
         loss = F.cross_entropy(judge(x), labels)
-        numbers.update(finite=update([adam], leaves, grad(loss, leaves)), loss=loss.item())
+        numbers.update(finite=update(optimizers, leaves, grad(loss, leaves)), loss=loss.item())
     return judge.requires_grad_(False)
 
 def frechet_distance(a, b):
@@ -552,7 +536,7 @@ def meta_test(starts, judge, domains, settings):
 def print_tables(folders):
     """The METRICS of runs that differ in their seeds alone, with half their 95 % intervals."""
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
-    reports = [load(path, "settings", "images", "domains", "rows") for path in paths]
+    reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
         refuse_differences(path.parent, report, reports[0], "seed")
     rows = [row for report in reports for row in report["rows"]]
@@ -598,9 +582,9 @@ def filmstrip(film, domains, settings):
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
-
 HELD_OUT = 3                # classes of every data set that meta-training never sees
 SAVE_SECONDS = 30           # from one saved state to the next
+FREE = "source", "target", "data_dir", "out", "device"      # what a continued run may change
 PATIENCE = 20               # so many non-finite updates, and half of all, end a run
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
@@ -810,15 +794,12 @@ def claim(out, run=""):
 
 def refuse_differences(folder, old, new, *free):
     """Two reports must be of one experiment: of the same settings, and of the same images."""
-    same = old["images"] == new["images"]
-    free = {"out", "data_dir", "device", *free, *(["source", "target"] if same else [])}
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
-        require(name in free or before == value, f"{folder} has {name} {before}, not {value}")
-    require(same, f"{folder} is of other images: some have changed")
+        require(name in (*FREE, *free) or before == value,
+                f"{folder} has {name} {before}, not {value}; choose another --out")
 
 # 9  Command line ----------------------------------------------------------------------------------
-
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
 ADAPT = {"adapt", "target", "data_dir", "out", "seed", "device", "kernel", "shots", "steps",
@@ -864,11 +845,12 @@ def run(settings):
     digest = hashlib.sha256(repr((list(domains.images), domains.train, domains.test)).encode())
     for images in domains.images.values():
         digest.update(images.cpu().numpy())
-    report = {"settings": asdict(settings), "domains": domains.title, "images": digest.hexdigest()}
+    report = {"settings": {**asdict(settings), "images": digest.hexdigest()},
+              "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
-            refuse_differences(out, load(path, "settings", "images"), report)
+            refuse_differences(out, load(path, "settings"), report)
         else:
             save(path, report)
         start, transfer = train_all(domains, settings)

@@ -226,7 +226,7 @@ def test_gan_step_is_two_plain_adam_steps(monkeypatch):
     leaves = [p.clone().requires_grad_() for p in start]
     real, z = torch.rand(2, 4, 7), torch.randn(2, 5, 3)
     monkeypatch.setattr(mtgan, "noise", lambda *_: z)
-    mtgan.gan_step(leaves, mtgan.gan_optimizers(leaves, 0.01), real, 5)
+    mtgan.gan_step(leaves, [mtgan.adam(leaves[:8], 0.01), mtgan.adam(leaves[8:], 0.01)], real, 5)
     for t in range(2):
         own = [p[t].clone().requires_grad_() for p in start]
         theta, phi = own[:8], own[8:]
