@@ -86,7 +86,6 @@ class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
 
 def require(fine, message):
-    """Raise a UserError unless all is fine."""
     if not fine:
         raise UserError(message)
 
@@ -165,9 +164,8 @@ def adapt(theta, phi, rates, batches, second_order=True):
     """A step of D, then one of G, equation (2), on batches [T, B, 784] of real images.
 
     theta, phi: [T, ...] each; rates [steps, 2, 4]: G's and D's for every step and layer (Antoniou
-    et al. 2019, arXiv 1810.09502). Yields theta and phi as they are, and after every step, as long
-    as there are rates and batches. With second_order the graph is kept, to differentiate a score of
-    them through all steps.
+    et al. 2019, arXiv 1810.09502). Yields theta and phi before and after every step. second_order
+    keeps the graph, to differentiate a score of them through all steps.
 
     A step's gradients are *partial*. D's loss depends on phi_k by the fakes as well: they come from
     theta_k, and theta_k from a step against phi_k. grad would follow that path, but must hold theta
@@ -306,8 +304,8 @@ def sample_episode(domains, pairs, queries, settings, change=None):
     return Episode(batches, images[:, :shots], images[:, shots:])
 
 def made_up(images):
-    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`, then all images of
-    a task are mirrored, turned, slanted, moved and sized alike."""
+    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`; then each task has
+    its own way to mirror, turn, slant, move and size its images."""
     tasks, n, _ = images.shape
     filled = torch.rand(tasks) < FILLED
     drawn = level_sets((torch.rand(tasks) < 0.5) & ~filled, filled, n)
@@ -317,9 +315,9 @@ def made_up(images):
 def level_sets(pen, filled, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
-    Bright is where the field is positive or, if the task has a `pen`, along its zero line, as in
-    characters. `filled` ones do not fade to the border. Known classes can be recognised; these
-    never return, and have to be learned from the support. pen, filled: bool [T] -> [T, n, 784]
+    Bright is where the field is positive or, if the task has a `pen`, along its zero line. `filled`
+    ones do not fade to the border. These domains never return: they have to be learned from the
+    support, where known classes could be recognised. pen, filled: bool [T] -> [T, n, 784]
     """
     tasks, pen, filled = len(pen), pen.view(-1, 1, 1, 1), filled.view(-1, 1, 1, 1)
 
@@ -372,7 +370,7 @@ def gan_step(leaves, optimizers, real, fakes):
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
 def train_gan(stage, start, steps, made_up_from, domains, settings):
-    """Ordinary GAN training on all meta-training classes together and, from a step on, on tasks
+    """Ordinary GAN training on all meta-training classes together and, from a step on, on domains
     made up of them. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
@@ -406,11 +404,8 @@ def meta_train(start, queries, domains, settings):
     return leaves
 
 def train_all(domains, settings):
-    """The warm start, its last third on made-up domains; then transfer and meta-training from it.
-
-    Transfer, the baseline, continues the warm start on made-up domains, for as many images as
-    meta-training sees. Returns the initialisation and transfer's parameters.
-    """
+    """The warm start; from it meta-training and, for as many images, transfer, the baseline.
+    Returns the initialisation and transfer's parameters."""
     reseed(settings.seed, "start")
     start = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
     steps = settings.warm_steps
@@ -423,7 +418,7 @@ def train_all(domains, settings):
 
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
 GO_ON_LR = 2e-5             # Adam's rate after the learned steps
-BASELINE_LRS = (1e-4, 5e-4, 2e-3)       # Adam's without learned steps, a line each in the tables
+BASELINE_LRS = (5e-4, 2e-3)     # Adam's without learned steps, a line each in the tables
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
@@ -504,8 +499,8 @@ def judge_samples(samples, episode, targets, judge):
     return judged
 
 def meta_test(starts, judge, domains, settings):
-    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
-    a dict for every method, pair, support and steps, and film, {(method, steps): [T, 9, 784]}."""
+    """Test {method: (start, Adam's rate)} on held-out pairs. Returns rows, a dict for every method,
+    pair, support and number of steps, and film, {(method, steps): [T, 9, 784]}."""
     pairs, rows, film = domains.test, [], {}
     targets = [list(domains.images).index(target) for _, target in pairs]
     n = min(500, (domains.fewest - settings.shots) // 2)
@@ -567,7 +562,7 @@ def picture(images, columns, zoom):
 
 def filmstrip(film, domains, settings):
     """Every held-out target, adapted to step by step, by MT-GAN and by transfer."""
-    methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[1]:g}"
+    methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
     rows = list(itertools.product(enumerate(domains.test), methods))
     columns, side, above = [None, *settings.test_steps], 184, 44
     canvas = Image.new("L", (side * len(columns), (side + above) * len(rows)), 255)
@@ -721,11 +716,9 @@ def reseed(*numbers):
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))
 
 def training(stage, steps, tensors, optimizers, settings):
-    """Yield (step, numbers) for all steps of a training: the loop that every training shares.
-
-    numbers takes what a step has to say, and whether its update was "finite". tensors and
-    optimizers are all that is changed, in place, and saved: after `kill -9` the same bits follow.
-    """
+    """The loop that all trainings share: yields (step, numbers); numbers takes what a step has to
+    say, and whether its update was "finite". tensors and optimizers are all that is changed, in
+    place, and saved: after `kill -9` the same bits follow."""
     path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
