@@ -95,9 +95,9 @@ def small(monkeypatch, request):
     yield leaves, mtgan.Episode([images[0]] * source_steps, images[1], images[2])
     torch.set_default_dtype(torch.float32)
 
-def meta_gradient(leaves, episode, algorithm="maml"):
+def meta_gradient(leaves, episode, algorithm="maml", *share):
     torch.manual_seed(5)
-    return mtgan.meta_gradient(leaves, episode, algorithm)
+    return mtgan.meta_gradient(leaves, episode, algorithm, *share)
 
 def by_loop(leaves, episode, **options):
     torch.manual_seed(5)
@@ -149,12 +149,6 @@ def test_first_order_is_the_loops_first_order(small):
     _, first = meta_gradient(leaves, episode, "fomaml")
     assert distance(first, grad(expected, leaves, materialize_grads=True)) < 1e-12
 
-@pytest.mark.parametrize("learned", [(True, True, True), (True, False, True), (True, True, False)])
-def test_descend(learned):          # also where the rates or the gradients are constants
-    values = torch.rand(2, 3).double(), torch.tensor(0.3).double(), torch.rand(2, 3).double()
-    inputs = [value.requires_grad_(wanted) for value, wanted in zip(values, learned)]
-    assert gradcheck(mtgan.Descend.apply, inputs)
-
 def test_inner_gradients_are_partial(small):        # without the aliases they are something else
     leaves, episode = small
     _, gradient = meta_gradient(leaves, episode)
@@ -173,8 +167,9 @@ def test_both_adds_two_directions_of_length_one(small):
     leaves, episode = small
     gradient, back = (meta_gradient(leaves, episode, name)[1] for name in ("maml", "reptile"))
     norms = [torch.cat([t.flatten() for t in parts]).norm() for parts in (gradient, back)]
-    expected = [g / norms[0] + r / norms[1] for g, r in zip(gradient, back)]
-    assert distance(meta_gradient(leaves, episode, "both")[1], expected) < 1e-12
+    for share in (1, 0.3):
+        expected = [g / norms[0] + share * r / norms[1] for g, r in zip(gradient, back)]
+        assert distance(meta_gradient(leaves, episode, "both", share)[1], expected) < 1e-12
 
 @pytest.mark.skipif(bool(kernels.why_not_triton("cpu")), reason="triton's interpreter is not on")
 @pytest.mark.parametrize("small", [(0, 2)], indirect=True)
