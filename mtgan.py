@@ -431,8 +431,9 @@ def few_shot(start, lr, episode):
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
         yield average
 
-def without_a_gan(support, n):
-    """What a sceptic tries first with the support [T, shots, 784]: {name: [T, n, 784]}"""
+def without_a_gan(episode, n):
+    """What a sceptic tries first with the support: {name: [T, n, 784]}"""
+    support = episode.support
     tasks, shots, _ = support.shape
     first, second = (support[:, torch.randint(shots, (n,))] for _ in range(2))
     share = torch.rand(tasks, n, 1)
@@ -440,7 +441,8 @@ def without_a_gan(support, n):
     _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
     weights = torch.randn(tasks, n, components) * scale[:, None, :components]
     gaussian = mean + weights @ directions[:, :components] / max(1, shots - 1) ** 0.5
-    return {"support repeated": first, "pairwise mix": share * first + (1 - share) * second,
+    return {"real images": episode.query[:, :n], "support repeated": first,
+            "pairwise mix": share * first + (1 - share) * second,
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
 def train_judge(domains, settings):
@@ -485,34 +487,31 @@ def judge_samples(samples, episode, targets, judge):
     return judged
 
 def meta_test(starts, judge, domains, settings):
-    """Test {method: (start, Adam's rate)} on held-out pairs. Returns rows, a dict for every method,
-    pair, support and number of steps, and film, {(method, steps): [T, 9, 784]}."""
-    pairs, rows, film = domains.test, [], {}
-    targets = [list(domains.images).index(target) for _, target in pairs]
+    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
+    a dict for every method, draw of the support, number of steps and pair."""
+    targets = [list(domains.images).index(target) for _, target in domains.test]
     n = min(500, (domains.fewest - settings.shots) // 2)
 
     def test(method, seed):
         reseed(settings.seed, "test", seed)
-        episode = sample_episode(domains, pairs, 2 * n, settings)
+        episode = sample_episode(domains, domains.test, 2 * n, settings)
         if method == "no GAN":
-            plain = {"real images": episode.query[:, :n], **without_a_gan(episode.support, n)}
-            samples = [(name, None, x) for name, x in plain.items()]
+            samples = [(name, None, x) for name, x in without_a_gan(episode, n).items()]
         else:
             count = range(-settings.source_steps, settings.test_steps[-1] + 1)
-            samples = [(method, steps, generator(theta, noise(len(pairs), n)).detach())
+            samples = [(method, steps, generator(theta, noise(len(targets), n)).detach())
                        for steps, theta in zip(count, few_shot(*starts[method], episode))
                        if steps in settings.test_steps]
-        return [(name, steps, x[:, :9].clone(), judge_samples(x, episode, targets, judge))
-                for name, steps, x in samples]
-
-    for seed, method in itertools.product(range(settings.test_seeds), ("no GAN", *starts)):
-        tested = once(f"test {method} {seed}", partial(test, method, seed), settings)
-        for name, steps, images, judged in tested:
-            film.setdefault((name, steps), images)
-            for (source, target), metrics in zip(pairs, judged):
+        rows = []
+        for name, steps, x in samples:
+            judged = judge_samples(x, episode, targets, judge)
+            for (source, target), images, metrics in zip(domains.test, x, judged):
                 rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
-                             "target": target, **metrics})
-    return rows, film
+                             "target": target, "images": images[:9].clone(), **metrics})
+        return rows
+
+    return [row for seed in range(settings.test_seeds) for method in ("no GAN", *starts)
+            for row in once(f"test {method} {seed}", partial(test, method, seed), settings)]
 
 def print_tables(folders):
     """The METRICS of runs that differ in their seeds alone, with half their 95 % intervals."""
@@ -546,20 +545,21 @@ def picture(images, columns, zoom):
     small = torchvision.transforms.functional.to_pil_image(grid).convert("L")
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
-def filmstrip(film, domains, settings):
+def filmstrip(rows, settings):
     """Every held-out target, adapted to step by step, by MT-GAN and by transfer."""
+    film = {(row["target"], row["method"], row["steps"]): row["images"] for row in rows}
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
-    rows = list(itertools.product(enumerate(domains.test), methods))
+    strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
     columns, side, above = [None, *settings.test_steps], 184, 44
-    canvas = Image.new("L", (side * len(columns), (side + above) * len(rows)), 255)
+    canvas = Image.new("L", (side * len(columns), (side + above) * len(strips)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for i, ((task, (_, target)), method) in enumerate(rows):
+    for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         pen.text((4, y), f"{target}, {method}", 0, font)
         for j, steps in enumerate(columns):
             of, title = ("support repeated", "support") if j == 0 else (method, f"step {steps}")
             pen.text((side * j + 4, y + 20), title, 0, font)
-            canvas.paste(picture(film[of, steps][task], 3, 2), (side * j, y + above))
+            canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
@@ -843,8 +843,10 @@ def run(settings):
         for lr in BASELINE_LRS:
             starts[f"transfer, Adam {lr:g}"] = transfer, lr
             starts[f"scratch, Adam {lr:g}"] = scratch, lr
-        rows, film = meta_test(starts, judge, domains, settings)
-        save(out / "adaptation.png", filmstrip(film, domains, settings))
+        rows = meta_test(starts, judge, domains, settings)
+        save(out / "adaptation.png", filmstrip(rows, settings))
+        for row in rows:
+            del row["images"]
         save(path, {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
