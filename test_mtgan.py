@@ -836,11 +836,6 @@ def test_a_non_finite_update_is_skipped_and_counted(tmp_path, capsys):
         numbers["finite"] = mtgan.update([sgd], [leaf], [torch.tensor([values[step]])])
     assert leaf.item() == -3 and re.search("stage 5/5.* 2 skipped", capsys.readouterr().err)
 
-def test_a_run_that_diverged_stops(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(mtgan, "PATIENCE", 1)
-    line = refused(capsys, *command(pictures, tmp_path, "--meta-lr", 1e30))
-    assert re.search("meta-training: . of . updates were not finite", line)
-
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
         assert program("--tables", *folders) == 0
