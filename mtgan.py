@@ -8,15 +8,14 @@ generator G and a discriminator D, so that on a new domain a few images and step
     python mtgan.py --adapt runs/mnist-fashion --target my_images/  # generate from your images
 
 A *domain* is a class of images, as 'mnist 7'. A *task* is a pair of domains, a source and a target:
-generate the target, of which only a few *shots* are given, the *support*. In an *episode* of some
-tasks, copies of the initialisation take k *inner* steps of the GAN's game on the support; a score
-tells how far images of an adapted G are from other real ones of the target, the *query*; then one
-*outer* step changes the initialisation. *MAML* follows the gradient of that score through all inner
-steps: it asks for a start that learns fast. *Reptile* goes where the inner steps of all tasks have
-led, without any derivative: it asks for a start near to these places. By default an outer step adds
-both. Most targets are synthetic, made up for one episode (section 5): the few real ones would be
-learned by heart. The source is used in the warm start, ordinary GAN training on source and target
-classes, and with --source-steps in inner steps of its own.
+generate the target, of which only a few *shots* are given, the *support*. In an *episode*, copies
+of the initialisation take k *inner* steps of the GAN's game on the support of some tasks; a score
+tells how far images of an adapted G are from other real ones, the *query*; then one *outer* step
+changes the initialisation. *MAML* follows the gradient of that score through all inner steps: it
+asks for a start that learns fast. *Reptile* goes where the inner steps have led, without any
+derivative: it asks for a start near to these places. By default both are added, Reptile less and
+less. Most targets are made up for one episode (section 5): the few real ones would be learned by
+heart. The source serves in the warm start, ordinary GAN training, and with --source-steps.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
 
@@ -28,7 +27,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
                       g = d score(theta_k) / d start            MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
 """
-import argparse, hashlib, io, itertools, json, math, os, re, socket, sys, textwrap, time, zlib
+import argparse, io, itertools, json, math, os, re, socket, sys, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -96,12 +95,8 @@ KERNEL = "auto"             # backend of all linear layers, set by --kernel
 
 def new_network(sizes):
     """[weight, bias, ...] as [T, N, K], [T, N], with T = 1: all tasks share them to begin with."""
-    parameters = []
-    for inputs, outputs in zip(sizes, sizes[1:]):
-        bound = inputs ** -0.5                              # PyTorch's own for a linear layer
-        parameters.append(torch.empty(1, outputs, inputs).uniform_(-bound, bound))
-        parameters.append(torch.empty(1, outputs).uniform_(-bound, bound))
-    return parameters
+    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in zip(sizes, sizes[1:])]
+    return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
 
 def network(parameters, x, slope, dropout=0.0):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]"""
@@ -202,7 +197,7 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   first order, the steps' gradients count as constants (the same paper). phi_0 reaches
              the score only through them: it gets no gradient, nor do D's rates
-    reptile  instead, the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
+    reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
     both     g/|g| + share * r/|r|, equation (3)
     """
@@ -540,8 +535,8 @@ def picture(images, columns, zoom):
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
 def filmstrip(rows, settings):
-    """Every held-out target, adapted to step by step, by MT-GAN and by transfer."""
-    film = {(row["target"], row["method"], row["steps"]): row["images"] for row in rows}
+    """Every held-out target, adapted to step by step. Takes the images out of the rows."""
+    film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
     strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
     columns, side, above = [None, *settings.test_steps], 184, 44
@@ -579,7 +574,7 @@ def load_domains(settings):
         held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
         for name, content in zip(names, classes.values()):
             require(len(content) >= settings.shots + 4,         # a test takes 2 and 2 others
-                    f"'{name}' has too few images: take fewer --shots, or mnist:0-6,9 for example")
+                    f"'{name}' has too few images for --shots {settings.shots}")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two different classes are called '{name}': rename a folder")
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
@@ -619,8 +614,8 @@ def load_torchvision(name, data_dir):
         offline = isinstance(error, (ConnectionError, TimeoutError)) or "downloading" in str(error)
         require(offline, f"the files of {where} are damaged: {error}; delete them")
         built_in = "shapes" if name == "fashion" else "strokes"
-        say(f"WARNING: no {where}, nor can it be downloaded. The built-in '{built_in}' stands in; "
-            f"figures on it prove nothing. ({' '.join(str(error).split())})", sys.stderr)
+        say(f"WARNING: no {where}, no network. The built-in '{built_in}' stands in; figures on it "
+            f"prove nothing. ({error})", sys.stderr)
         return f"{built_in} (stand-in for {name})", draw_built_in(built_in)
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
@@ -772,8 +767,8 @@ def refuse_differences(folder, old, new, *free):
 # 9  Command line ----------------------------------------------------------------------------------
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
-ADAPT = {"adapt", "target", "data_dir", "out", "seed", "device", "kernel", "shots", "steps",
-         "samples"}
+ADAPT = set("adapt target data_dir out seed device kernel shots steps samples".split())
+MAY_BE_0 = "seed", "source_steps", "warm_steps"
 
 def say(line, file=None):
     """Print. A reader who has left ends no run."""
@@ -784,19 +779,18 @@ def say(line, file=None):
 
 def parse(argv):
     """The command line as Settings. Raises UserError for what is wrong, missing or ignored."""
-    parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", __doc__.partition("\n")[0],
-                                     SPECS, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", epilog=SPECS,
+                                     argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)
-    names = {setting.name: setting.metadata for setting in fields(Settings) if setting.metadata}
-    for name, how in names.items():
+    options = {setting.name: setting.metadata for setting in fields(Settings) if setting.metadata}
+    for name, how in options.items():
         parser.add_argument("--" + name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    modes = {"tables": {"tables"}, "adapt": ADAPT, "train": names.keys() - {"steps", "samples"}}
-    mode = next((mode for mode in modes if mode in given), "train")
+    mode = next((mode for mode in ("tables", "adapt") if mode in given), "train")
+    used = {"tables": {"tables"}, "adapt": ADAPT, "train": options.keys() - {"steps", "samples"}}
     for name, value in given.items():
-        least = 0 if name in ("seed", "source_steps", "warm_steps") else 1e-9
-        flag = f"--{name.replace('_', '-')}"
-        require(name in modes[mode], f"{flag} is of no use here; -h lists the options")
+        flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_0 else 1e-9
+        require(name in used[mode], f"{flag} is of no use here; -h lists the options")
         require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
     require(mode != "adapt" or len(given.get("target", [])) == 1,
             "--adapt needs one --target, such as a folder of pictures")
@@ -804,19 +798,17 @@ def parse(argv):
     specs = [*["dry-run"] * settings.dry_run, *settings.source, *settings.target]
     if mode == "adapt":
         settings.shots = given.get("shots")     # None: all, up to the default
-        specs = [settings.adapt, *settings.target, f"{settings.steps}-steps"]
-    if settings.out is None:
-        settings.out = "runs/" + re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")[-99:]
+        specs = [settings.adapt, *settings.target]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")
+    settings.out = settings.out or f"runs/{name[-99:]}"
     return settings
 
 def run(settings):
     """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
     began, out, domains = time.monotonic(), Path(settings.out), load_domains(settings)
-    digest = hashlib.sha256(repr((list(domains.images), domains.train, domains.test)).encode())
-    for images in domains.images.values():
-        digest.update(images.cpu().numpy())
-    report = {"settings": {**asdict(settings), "images": digest.hexdigest()},
-              "domains": domains.title}
+    pairs = zlib.crc32(repr((domains.train, domains.test)).encode())
+    images = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), pairs)
+    report = {"settings": {**asdict(settings), "images": images}, "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
@@ -836,8 +828,6 @@ def run(settings):
             starts[f"scratch, Adam {lr:g}"] = scratch, lr
         rows = meta_test(starts, judge, domains, settings)
         save(out / "adaptation.png", filmstrip(rows, settings))
-        for row in rows:
-            del row["images"]
         save(path, {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
