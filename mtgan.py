@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")     # before torch: idle threads shall not spin long
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads shall not spin long
 import filelock
 import numpy as np
 import torch
@@ -46,14 +46,14 @@ from torch.autograd import grad
 from kernels import Muon, fused_linear, keep_memory, why_not_triton
 
 def option(default, text, **how):
-    """A setting that is an option of the command line; how: what argparse shall know of it."""
+    """A setting that is an option; how: what argparse shall know of it."""
     if type(default) in (int, float):
         how = {"type": type(default), "metavar": "N"}
     return field(default=default, metadata={"help": text, **how})
 
 @dataclass
 class Settings:
-    """Everything that decides a run; report.json records it."""
+    """All that decides a run; report.json records it."""
     source: tuple = option(("mnist",), "source domains (default: mnist)", nargs="+", metavar="SPEC")
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or are downloaded to", metavar="DIR")
@@ -77,8 +77,8 @@ class Settings:
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
     steps: int = option(10, "steps of --adapt (10)")
     samples: int = option(64, "images that --adapt generates (64)")
-    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)      # no option
-    judge_steps: int = 500                                      # no option
+    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
+    judge_steps: int = 500  # no option
 
 class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
@@ -91,7 +91,7 @@ def require(fine, message):
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
-KERNEL = "auto"             # backend of all linear layers, set by --kernel
+KERNEL = "auto"  # backend of all linear layers, set by --kernel
 
 def new_network(sizes):
     """[weight, bias, ...] as [T, N, K], [T, N], with T = 1: all tasks share them to begin with."""
@@ -152,7 +152,7 @@ def score(fake, query):
     return energy_distance(fake, query) + energy_distance(edges(fake), edges(query))
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------------------
-FAKES = 25                  # generated images in an inner step
+FAKES = 25  # generated images in an inner step
 
 def adapt(theta, phi, rates, batches, second_order=True):
     """A step of D, then one of G, equation (2), on batches [T, B, 784] of real images.
@@ -169,13 +169,13 @@ def adapt(theta, phi, rates, batches, second_order=True):
     yield theta, phi
     for (rates_g, rates_d), real in zip(rates, batches):
         phi = [p.view_as(p) for p in phi]
-        fake = generator(theta, noise(len(real), FAKES))                # [T, FAKES, 784]
-        logits = discriminator(phi, torch.cat([real, fake], 1))         # [T, B + FAKES]
+        fake = generator(theta, noise(len(real), FAKES))  # [T, FAKES, 784]
+        logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
         loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
         phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-        shown = fake.view_as(fake)                      # for phi' has met these fakes
+        shown = fake.view_as(fake)  # for phi' has met these fakes
         loss = loss_g(discriminator(phi, shown)).sum()
-        of_fake, = grad(loss, shown, create_graph=second_order)         # dL_G / dG(z)
+        of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
         theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
         yield theta, phi
 
@@ -187,9 +187,9 @@ def descend(parameters, rates, gradients):
 # 4  Outer loop: the initialisation learns ---------------------------------------------------------
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
-    sources: list           # the batch [T, shots, 784] of every step on the source
-    support: torch.Tensor   # [T, shots, 784]
-    query: torch.Tensor     # [T, queries, 784], none of them in the support
+    sources: list  # the batch [T, shots, 784] of every step on the source
+    support: torch.Tensor  # [T, shots, 784]
+    query: torch.Tensor  # [T, queries, 784], none of them in the support
 
 def meta_gradient(leaves, episode, algorithm, share=1.0):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
@@ -213,7 +213,7 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
     for steps, (theta_k, phi_k) in enumerate(players):
         adapted = [*theta_k, *phi_k]
         if steps in scored:
-            fake = generator(theta_k, noise(tasks, queries))            # [T, queries, 784]
+            fake = generator(theta_k, noise(tasks, queries))  # [T, queries, 784]
             loss = loss + score(fake, episode.query).mean() / len(scored)
     ends = [end.detach().mean(0, keepdim=True) for end in adapted]
     reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
@@ -244,17 +244,17 @@ def adam(leaves, lr):
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
 # 5  Tasks: pairs of domains, known or drawn -------------------------------------------------------
-QUERIES = 64                # target images that score an adapted generator
-DRAWN = 0.7                 # share of the targets that are drawn, not known classes
-PEN, FILLED = 0.3, 0.57     # shares: of those drawn with a pen; of the others, without a border
+QUERIES = 64  # target images that score an adapted generator
+DRAWN = 0.7  # share of the targets that are drawn, not known classes
+PEN, FILLED = 0.3, 0.57  # shares: of those drawn with a pen; of the others, without a border
 
 class Domains(NamedTuple):
     """All images of a run, and the pairs (source class, target class) of them."""
-    images: dict            # 'mnist 7' -> uint8 [n, 784], bright on dark
-    train: list             # pairs to meta-train on
-    test: list              # a pair for every target that is held out from all training
-    fewest: int             # images of the smallest class
-    title: str              # 'mnist and fashion'
+    images: dict  # 'mnist 7' -> uint8 [n, 784], bright on dark
+    train: list  # pairs to meta-train on
+    test: list  # a pair for every target that is held out from all training
+    fewest: int  # images of the smallest class
+    title: str  # 'mnist and fashion'
 
 def some(images, n):
     """n random ones, different if there are so many: uint8 [m, 784] -> [-1, 1], [n, 784]"""
@@ -293,24 +293,24 @@ def level_sets(pen, n):
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
 
-    def uniform(low, high):         # [T, 1, 1, 1]
+    def uniform(low, high):  # [T, 1, 1, 1]
         return low + (high - low) * torch.rand(tasks, 1, 1, 1)
 
-    def smooth(images, cells):      # [T, images, 28, 28]
+    def smooth(images, cells):  # [T, images, 28, 28]
         grid = torch.randn(tasks, images, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
 
-    design = smooth(1, 6) + 0.5 * smooth(1, 4)                              # [T, 1, 28, 28]
+    design = smooth(1, 6) + 0.5 * smooth(1, 4)  # [T, 1, 28, 28]
     mirrored = (design + design.flip(-1)) / 2 ** 0.5
     design = torch.where(uniform(0, 1) < 0.5, mirrored, design)
-    height = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)        # [T, n, 28, 28]
+    height = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)  # [T, n, 28, 28]
     line = torch.linspace(-1, 1, 28)
-    island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)    # high in the middle
+    island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)  # high in the middle
     filled = (uniform(0, 1) < FILLED) & ~pen
     height = torch.where(filled, height, height + island)
     down = height.diff(dim=-2, prepend=height[..., :1, :])
     across = height.diff(dim=-1, prepend=height[..., :1])
-    inside = height / (torch.hypot(down, across) + 0.05)        # about the pixels to the outline
+    inside = height / (torch.hypot(down, across) + 0.05)  # about the pixels to the outline
     stroke = uniform(0.8, 2) - inside.abs()
     cover = torch.where(pen, stroke, inside).mul(2).sigmoid()
     relief = uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4) + 0.35 * smooth(1, 8))
@@ -318,15 +318,15 @@ def level_sets(pen, n):
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
 # 6  Training; `training`, in section 8, adds progress, saving and going on ------------------------
-GAN_BATCH = 64              # real images in a step of ordinary GAN training
-MAX_RATE = 0.5              # inner learning rates are learned, up to here
+GAN_BATCH = 64  # real images in a step of ordinary GAN training
+MAX_RATE = 0.5  # inner learning rates are learned, up to here
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
     finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
     if finite:
         for leaf, gradient in zip(leaves, gradients):
-            leaf.grad = gradient.contiguous()   # fused Adam misreads a transposed one, silently
+            leaf.grad = gradient.contiguous()  # fused Adam misreads a transposed one, silently
         for optimizer in optimizers:
             optimizer.step()
     return finite
@@ -360,20 +360,20 @@ def train_gan(stage, start, steps, made_up_from, domains, settings):
 
 def meta_train(start, queries, domains, settings):
     """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
-    rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])    # D is the quicker one to diverge
+    rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])  # D is the quicker one to diverge
     log_rates = rates.log().repeat(settings.source_steps + settings.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), settings.meta_steps
     for step, numbers in training("meta-training", steps, leaves, optimizers, settings):
         left = 1 - step / steps
-        lr = settings.meta_lr * min(1, 2 * left)                # falls to 0 in the second half
-        for optimizer, factor in zip(optimizers, (1, 1, 12.5)):     # a logarithm must move faster
+        lr = settings.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
+        for optimizer, factor in zip(optimizers, (1, 1, 12.5)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
         pairs = pick(domains.train, settings.meta_batch)
         episode = sample_episode(domains, pairs, queries, settings, made_up)
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, settings.algorithm, share=left)
-        finite = update(optimizers, leaves, unit(gradient))     # no episode outweighs the others
+        finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
@@ -386,14 +386,14 @@ def train_all(domains, settings):
     steps = settings.warm_steps
     warm = train_gan("warm start", start, steps, steps * 2 // 3, domains, settings)
     queries = min(QUERIES, domains.fewest - settings.shots)
-    seen = settings.shots * (settings.source_steps + 1) + queries       # images of a task
+    seen = settings.shots * (settings.source_steps + 1) + queries  # images of a task
     steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
     transfer = train_gan("transfer", warm, steps, 0, domains, settings)
     return meta_train(warm, queries, domains, settings), transfer
 
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
-GO_ON_LR = 2e-5             # Adam's rate after the learned steps
-BASELINE_LRS = (5e-4, 2e-3)     # Adam's without learned steps, a line each in the tables
+GO_ON_LR = 2e-5  # Adam's rate after the learned steps
+BASELINE_LRS = (5e-4, 2e-3)  # Adam's without learned steps, a line each in the tables
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
@@ -438,7 +438,7 @@ def train_judge(domains, settings):
     """A CNN, [n, 784] -> features [n, 64] -> logits. It knows all classes, and trains no GAN."""
     reseed(settings.seed, "judge")
     names, nn = list(domains.images), torch.nn
-    features = nn.Sequential(       # no strides: they would let speckle pass
+    features = nn.Sequential(  # no strides: they would let speckle pass
         nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
         nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(1568, 64), nn.ReLU())
@@ -447,7 +447,7 @@ def train_judge(domains, settings):
     optimizers = [adam(leaves, 1e-3)]
     for _, numbers in training("judge", settings.judge_steps, leaves, optimizers, settings):
         labels = torch.randint(len(names), (128,))
-        x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)    # [128, 784]
+        x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)  # [128, 784]
         loss = F.cross_entropy(judge(x), labels)
         numbers.update(finite=update(optimizers, leaves, grad(loss, leaves)), loss=loss.item())
     return judge.requires_grad_(False)
@@ -463,8 +463,8 @@ def frechet_distance(a, b):
     return distance.clamp(min=0).item()
 
 def judge_samples(samples, episode, targets, judge):
-    """The METRICS of each task's samples [n, 784], as dicts. Of the query, the first half are real
-    images to compare with, the second the reference. targets: numbers of classes."""
+    """The METRICS of each task's samples [n, 784]. Half of the query are real images to compare
+    with, half are the reference. targets: numbers of classes."""
     judged = []
     for x, support, query, target in zip(samples, episode.support, episode.query, targets):
         fresh, reference = query.chunk(2)
@@ -503,7 +503,7 @@ def meta_test(starts, judge, domains, settings):
             for row in once(f"test {method} {seed}", partial(test, method, seed), settings)]
 
 def print_tables(folders):
-    """The METRICS of runs that differ in their seeds alone, with half their 95 % intervals."""
+    """The METRICS of runs that differ in their seeds alone."""
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
     reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
@@ -515,7 +515,7 @@ def print_tables(folders):
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
         for method in dict.fromkeys(row["method"] for row in rows):
             line = f"{method:24}"
-            for steps in (None, *columns):              # None: it takes no steps
+            for steps in (None, *columns):  # None: it takes no steps
                 values = [row[metric] for row in rows
                           if (row["method"], row["steps"]) == (method, steps)]
                 line += f"{interval(values):>14}" if values else ""
@@ -523,7 +523,7 @@ def print_tables(folders):
 
 def interval(values):
     """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
-    mean, free = np.mean(values), len(values) - 1 or math.nan   # degrees of freedom
+    mean, free = np.mean(values), len(values) - 1 or math.nan
     half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
     return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
 
@@ -552,11 +552,11 @@ def filmstrip(rows, settings):
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------------------
-HELD_OUT = 3                # classes of every data set that meta-training never sees
-SAVE_SECONDS = 30           # from one saved state to the next
-FREE = "source", "target", "data_dir", "out", "device"      # what a continued run may change
+HELD_OUT = 3  # classes of every data set that meta-training never sees
+SAVE_SECONDS = 30  # from one saved state to the next
+FREE = "source", "target", "data_dir", "out", "device"  # what a continued run may change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-SIGNATURE = PngImagePlugin.PngInfo()    # by which its own pictures are known, and left out
+SIGNATURE = PngImagePlugin.PngInfo()  # by which its own pictures are known, and left out
 SIGNATURE.add_text("Software", "mtgan.py")
 SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
          "class in each sub-folder; mnist:0-6,9 is some classes")
@@ -573,7 +573,7 @@ def load_domains(settings):
         side.extend(names)
         held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
         for name, content in zip(names, classes.values()):
-            require(len(content) >= settings.shots + 4,         # a test takes 2 and 2 others
+            require(len(content) >= settings.shots + 4,  # a test takes 2 and 2 others
                     f"'{name}' has too few images for --shots {settings.shots}")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two different classes are called '{name}': rename a folder")
@@ -614,8 +614,8 @@ def load_torchvision(name, data_dir):
         offline = isinstance(error, (ConnectionError, TimeoutError)) or "downloading" in str(error)
         require(offline, f"the files of {where} are damaged: {error}; delete them")
         built_in = "shapes" if name == "fashion" else "strokes"
-        say(f"WARNING: no {where}, no network. The built-in '{built_in}' stands in; figures on it "
-            f"prove nothing. ({error})", sys.stderr)
+        say(f"WARNING: no {where} and no network ({error}). The built-in '{built_in}' stands in: "
+            "figures on it prove nothing.", sys.stderr)
         return f"{built_in} (stand-in for {name})", draw_built_in(built_in)
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
@@ -634,7 +634,7 @@ def load_folder(folder):
     What a system makes for itself is passed over; what else is left out is named by kind."""
     classes, left_out = {}, Counter()
 
-    def natural(entry):                     # 2 comes before 10
+    def natural(entry):  # 2 comes before 10
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", entry.name)]
 
     def read(directory, label=None):
@@ -650,7 +650,7 @@ def load_folder(folder):
                     classes.setdefault(label or "(loose)", []).append(image)
             except UserError as error:
                 left_out[str(error)] += 1
-            except Exception:               # Pillow raises whatever a damaged file makes it raise
+            except Exception:  # Pillow raises whatever a damaged file makes it raise
                 left_out[f"unreadable {Path(entry.name).suffix or 'folder or file'}"] += 1
 
     read(folder)
@@ -672,7 +672,7 @@ def read_image(path):
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.nan_to_num(np.asarray(image, float))
-            low, high = np.percentile(values, [0.5, 99.5])      # one hot pixel decides nothing
+            low, high = np.percentile(values, [0.5, 99.5])  # one hot pixel decides nothing
             values = 255 * (values - low) / max(high - low, 1e-9)
             image = Image.fromarray(np.uint8(values.clip(0, 255)))
         grey, alpha = image.convert("RGBA").convert("LA").split()
@@ -691,8 +691,8 @@ def reseed(*numbers):
 
 def training(stage, steps, tensors, optimizers, settings):
     """The loop that all trainings share: yields (step, numbers); numbers takes what a step has to
-    say, and whether its update was "finite". tensors and optimizers are all that is changed, in
-    place, and saved: after `kill -9` the same bits follow."""
+    say, and whether its update was "finite". Only tensors and optimizers may change, in place: they
+    are saved, and after `kill -9` the same bits follow."""
     path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
@@ -730,7 +730,7 @@ def load(path, *keys):
         else:
             content = torch.load(path, torch.get_default_device(), weights_only=True)
         return content if not keys else {key: content[key] for key in keys}
-    except Exception as error:              # whatever a damaged or foreign file makes them raise
+    except Exception as error:  # whatever a damaged or foreign file makes them raise
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
@@ -742,7 +742,7 @@ def save(path, content):
     elif path.suffix == ".png":
         content.save(temporary, "PNG", pnginfo=SIGNATURE)
     else:
-        buffer = io.BytesIO()                       # to a full disk torch raises no OSError
+        buffer = io.BytesIO()  # to a full disk torch raises no OSError
         torch.save(content, buffer)
         temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
@@ -797,7 +797,7 @@ def parse(argv):
     settings = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
     specs = [*["dry-run"] * settings.dry_run, *settings.source, *settings.target]
     if mode == "adapt":
-        settings.shots = given.get("shots")     # None: all, up to the default
+        settings.shots = given.get("shots")  # None: all, up to the default
         specs = [settings.adapt, *settings.target]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")
     settings.out = settings.out or f"runs/{name[-99:]}"
@@ -809,7 +809,7 @@ def run(settings):
     pairs = zlib.crc32(repr((domains.train, domains.test)).encode())
     images = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), pairs)
     report = {"settings": {**asdict(settings), "images": images}, "domains": domains.title}
-    report, path = json.loads(json.dumps(report)), out / "report.json"      # tuples become lists
+    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
@@ -844,7 +844,7 @@ def deploy(settings):
     episode = Episode(saved["sources"], some(images, shots).unsqueeze(0), None)
     steps = len(episode.sources) + settings.steps
     theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
-    samples = generator(theta, noise(1, settings.samples))[0].detach()      # [samples, 784]
+    samples = generator(theta, noise(1, settings.samples))[0].detach()  # [samples, 784]
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps or more --shots")
     out = Path(settings.out)
     with claim(out):
@@ -857,8 +857,8 @@ def main(argv=None):
     """Run the command line. Returns the exit code: 0, 2 for what a user can put right, or 130."""
     global KERNEL
     for stream in (sys.stdout, sys.stderr):
-        if stream:                                      # a closed one is None
-            stream.reconfigure(errors="replace")        # for a console that lacks a letter
+        if stream:  # a closed one is None
+            stream.reconfigure(errors="replace")  # for a console that lacks a letter
     try:
         settings = parse(argv)
         KERNEL = settings.kernel

@@ -297,7 +297,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     episode = mtgan.Episode([torch.rand(1, 5, 784)], torch.rand(1, 5, 784), None)
     seen = []
     original = mtgan.gan_step
-    monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a[2]) or original(*a))
+    monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a) or original(*a))
 
     def adapted(start, steps):
         torch.manual_seed(1)
@@ -305,7 +305,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
         return [[p.clone() for p in theta] for theta in thetas]
 
     found = adapted([*start, rates], 5)
-    assert len(seen) == 2
+    assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) > 0    # it is an average
     torch.manual_seed(1)
     batches = [*episode.sources, *2 * [episode.support]]
     leaves = [p.requires_grad_() for p in start]
@@ -314,7 +314,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     assert k == 3 and distance(found[4], found[3]) > 0 and distance(found[5], found[4]) > 0
     seen.clear()
     assert distance(adapted(start, 3)[0], start[:8]) == 0
-    assert [real is episode.support for real in seen] == [False, True, True]
+    assert [call[2] is episode.support for call in seen] == [False, True, True]
 
 def whitened(n, d):                 # n points of mean 0 and covariance 1
     x = torch.randn(n, d).double()
@@ -832,9 +832,12 @@ def test_a_non_finite_update_is_skipped_and_counted(tmp_path, capsys):
     leaf = torch.zeros(1, requires_grad=True)
     sgd = torch.optim.SGD([leaf], 1.0)
     settings, values = mtgan.Settings(out=str(tmp_path)), [1.0, math.nan, 1.0, math.inf, 1.0]
+    drawn = set()
     for step, numbers in mtgan.training("stage", 5, [leaf], [sgd], settings):
+        drawn.add(torch.rand(1).item())
         numbers["finite"] = mtgan.update([sgd], [leaf], [torch.tensor([values[step]])])
     assert leaf.item() == -3 and re.search("stage 5/5.* 2 skipped", capsys.readouterr().err)
+    assert len(drawn) == 5              # every step has random numbers of its own
 
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
