@@ -127,29 +127,17 @@ def loss_g(fake_logits):
     return F.softplus(-fake_logits).mean(-1)
 
 def energy_distance(x, y):
-    """2 E|x - y| - E|x - x'| - E|y - y'| of samples x [T, n, d] and y [T, m, d]  # [T]
+    """The score: 2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, d] and y [T, m, d]  # [T]
 
     Its expectation is least, and 0, where both have one distribution (for GANs Bellemare et al.
-    2017, arXiv 1705.10743). No image is compared with itself.
+    2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
+    the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
     """
-    def within(images):
+    def within(images):  # none is compared with itself
         n = images.shape[1]
         return torch.cdist(images, images).sum((1, 2)) / (n * (n - 1))
 
     return 2 * torch.cdist(x, y).mean((1, 2)) - within(x) - within(y)
-
-def edges(images):
-    """Differences of neighbouring pixels, in which speckle shows  # [T, n, 784] -> [T, n, 1512]"""
-    square = images.unflatten(-1, (28, 28))
-    return torch.cat([square.diff(dim=-1).flatten(2), square.diff(dim=-2).flatten(2)], 2)
-
-def score(fake, query):
-    """How far generated images are from real ones: energy distances of pixels and of edges  # [T]
-
-    If D gave this score, G could lower it by spoiling D. No D takes part, so the outer gradient may
-    run through both players: phi_0 learns to be a D that teaches G fast.
-    """
-    return energy_distance(fake, query) + energy_distance(edges(fake), edges(query))
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------------------
 FAKES = 25  # generated images in an inner step
@@ -214,7 +202,7 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
         adapted = [*theta_k, *phi_k]
         if steps in scored:
             fake = generator(theta_k, noise(tasks, queries))  # [T, queries, 784]
-            loss = loss + score(fake, episode.query).mean() / len(scored)
+            loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
     ends = [end.detach().mean(0, keepdim=True) for end in adapted]
     reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
