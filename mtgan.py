@@ -653,10 +653,7 @@ def read_image(path):
     with Image.open(path) as image:
         require(image.info.get("Software") != "mtgan.py", "drawn by mtgan.py")
         require(max(image.size) <= 56 * min(image.size), "too thin")
-        # Small first: kilobytes can hold gigabytes. Palettes and 16 bits cannot be averaged yet.
-        exact = image.mode in ("1", "P", "PA") or image.mode.startswith("I;")
-        side, how = (1024, Image.NEAREST) if exact else (256, Image.BOX)
-        image.thumbnail((side, side), how)
+        image.thumbnail((1024, 1024), Image.BOX)  # small first: kilobytes can hold gigabytes
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.nan_to_num(np.asarray(image, float))
