@@ -473,7 +473,7 @@ def meta_test(starts, judge, domains, settings):
         reseed(settings.seed, "test", seed)
         episode = sample_episode(domains, domains.test, 2 * n, settings)
         if method == "no GAN":
-            samples = [(name, None, x) for name, x in without_a_gan(episode, n).items()]
+            samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:
             count = range(-settings.source_steps, settings.test_steps[-1] + 1)
             samples = [(method, steps, generator(theta, noise(len(targets), n)).detach())
@@ -503,7 +503,7 @@ def print_tables(folders):
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
         for method in dict.fromkeys(row["method"] for row in rows):
             line = f"{method:24}"
-            for steps in (None, *columns):  # None: it takes no steps
+            for steps in columns:
                 values = [row[metric] for row in rows
                           if (row["method"], row["steps"]) == (method, steps)]
                 line += f"{interval(values):>14}" if values else ""
@@ -527,15 +527,16 @@ def filmstrip(rows, settings):
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
     strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
-    columns, side, above = [None, *settings.test_steps], 184, 44
-    canvas = Image.new("L", (side * len(columns), (side + above) * len(strips)), 255)
+    side, above = 184, 44
+    width = side * (1 + len(settings.test_steps))
+    canvas = Image.new("L", (width, (side + above) * len(strips)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         pen.text((4, y), f"{target}, {method}", 0, font)
-        for j, steps in enumerate(columns):
-            of, title = ("support repeated", "support") if j == 0 else (method, f"step {steps}")
-            pen.text((side * j + 4, y + 20), title, 0, font)
+        sheets = [("support repeated", 0), *((method, steps) for steps in settings.test_steps)]
+        for j, (of, steps) in enumerate(sheets):
+            pen.text((side * j + 4, y + 20), f"step {steps}" if j else "support", 0, font)
             canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
     return canvas
 
