@@ -68,7 +68,7 @@ class Settings:
     source_steps: int = option(0, "inner steps on the source, before the others (0)")
     inner_steps: int = option(10, "inner steps on the support (10)")
     inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth (0.1)")
-    warm_steps: int = option(9000, "steps of ordinary GAN training to start from (9000)")
+    warm_steps: int = option(5000, "steps of ordinary GAN training to start from (5000)")
     meta_steps: int = option(1000, "episodes (1000)")
     meta_batch: int = option(2, "tasks of an episode (2)")
     meta_lr: float = option(5e-4, "outer learning rate (5e-4)")
@@ -330,18 +330,13 @@ def gan_step(leaves, optimizers, real, fakes):
     finite_g = update(optimizers[:1], theta, grad(g, theta))
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
-def train_gan(stage, start, steps, made_up_from, domains, settings):
-    """Ordinary GAN training on all meta-training classes together and, from a step on, on domains
-    made up of them. Returns the parameters."""
+def train_gan(stage, start, steps, domains, settings):
+    """Ordinary GAN training on made-up domains, four in each step. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     known = sorted({name for pair in domains.train for name in pair})
-    pool = torch.cat([domains.images[name] for name in known])
     for step, numbers in training(stage, steps, leaves, optimizers, settings):
-        if step < made_up_from:
-            real = some(pool, GAN_BATCH)
-        else:
-            real = made_up(sample_images(domains, pick(known, 4), GAN_BATCH // 4))
+        real = made_up(sample_images(domains, pick(known, 4), GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
@@ -371,12 +366,11 @@ def train_all(domains, settings):
     Returns the initialisation and transfer's parameters."""
     reseed(settings.seed, "start")
     start = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-    steps = settings.warm_steps
-    warm = train_gan("warm start", start, steps, steps * 2 // 3, domains, settings)
+    warm = train_gan("warm start", start, settings.warm_steps, domains, settings)
     queries = min(QUERIES, domains.fewest - settings.shots)
     seen = settings.shots * (settings.source_steps + 1) + queries  # images of a task
     steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
-    transfer = train_gan("transfer", warm, steps, 0, domains, settings)
+    transfer = train_gan("transfer", warm, steps, domains, settings)
     return meta_train(warm, queries, domains, settings), transfer
 
 # 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
