@@ -54,9 +54,9 @@ def option(default, text, **how):
 @dataclass
 class Settings:
     """All that decides a run; report.json records it."""
-    source: tuple = option(("mnist",), "source domains (default: mnist)", nargs="+", metavar="SPEC")
+    source: tuple = option(("mnist",), "source domains (mnist)", nargs="+", metavar="SPEC")
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
-    data_dir: str = option("data", "where data sets are, or are downloaded to", metavar="DIR")
+    data_dir: str = option("data", "where data sets are, or go to (data)", metavar="DIR")
     out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
     seed: int = option(0, "decides all that is random (0)")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu",
@@ -331,12 +331,12 @@ def gan_step(leaves, optimizers, real, fakes):
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
 def train_gan(stage, start, steps, domains, settings):
-    """Ordinary GAN training on made-up domains, four in each step. Returns the parameters."""
+    """Ordinary GAN training on four made-up domains in each step. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
-    known = sorted({name for pair in domains.train for name in pair})
-    for step, numbers in training(stage, steps, leaves, optimizers, settings):
-        real = made_up(sample_images(domains, pick(known, 4), GAN_BATCH // 4))
+    for _, numbers in training(stage, steps, leaves, optimizers, settings):
+        known = [name for pair in pick(domains.train, 2) for name in pair]
+        real = made_up(sample_images(domains, known, GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
@@ -784,7 +784,7 @@ def parse(argv):
     return settings
 
 def run(settings):
-    """Prepare the domains, meta-train, meta-test, and write everything to settings.out."""
+    """Meta-train, meta-test, and write everything to settings.out."""
     began, out, domains = time.monotonic(), Path(settings.out), load_domains(settings)
     pairs = zlib.crc32(repr((domains.train, domains.test)).encode())
     images = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), pairs)
@@ -813,7 +813,7 @@ def run(settings):
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(settings):
-    """Adapt a finished run to a user's pictures; write samples.png and every sample as a PNG."""
+    """Adapt a finished run to a user's pictures; write samples.png and each sample as a PNG."""
     path, spec = Path(settings.adapt), settings.target[0]
     saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
     title, classes = load_dataset(spec, settings.data_dir)
@@ -834,7 +834,7 @@ def deploy(settings):
     say(f"{out}: {len(samples)} samples of {title}, from a start trained on {saved['domains']}")
 
 def main(argv=None):
-    """Run the command line. Returns the exit code: 0, 2 for what a user can put right, or 130."""
+    """Run the command line. Returns the exit code, 2 for what a user can put right."""
     global KERNEL
     for stream in (sys.stdout, sys.stderr):
         if stream:  # a closed one is None
@@ -859,8 +859,7 @@ def main(argv=None):
     except (UserError, OSError) as error:
         say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        say("interrupted; the same command goes on", sys.stderr)
+    except KeyboardInterrupt:  # the same command goes on
         return 130
     return 0
 
