@@ -406,14 +406,12 @@ def without_a_gan(episode, n):
     """What a sceptic tries first with the support: {name: [T, n, 784]}"""
     support = episode.support
     tasks, shots, _ = support.shape
-    first, second = (support[:, torch.randint(shots, (n,))] for _ in range(2))
-    share = torch.rand(tasks, n, 1)
     mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
     weights = torch.randn(tasks, n, components) * scale[:, None, :components]
     gaussian = mean + weights @ directions[:, :components] / max(1, shots - 1) ** 0.5
-    return {"real images": episode.query[:, :n], "support repeated": first,
-            "pairwise mix": share * first + (1 - share) * second,
+    return {"real images": episode.query[:, :n],
+            "support repeated": support[:, torch.arange(n) % shots],
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
 def train_judge(domains, settings):
@@ -676,8 +674,7 @@ def training(stage, steps, tensors, optimizers, settings):
     path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
-        for tensor, value in zip(tensors, values):
-            tensor.data.copy_(value)
+        torch._foreach_copy_([tensor.data for tensor in tensors], values)
         for optimizer, state in zip(optimizers, states):
             optimizer.load_state_dict(state)
     began, saved = time.monotonic(), -math.inf
@@ -836,9 +833,8 @@ def deploy(settings):
 def main(argv=None):
     """Run the command line. Returns the exit code, 2 for what a user can put right."""
     global KERNEL
-    for stream in (sys.stdout, sys.stderr):
-        if stream:  # a closed one is None
-            stream.reconfigure(errors="replace")  # for a console that lacks a letter
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
+        stream.reconfigure(errors="replace")  # for a console that lacks a letter
     try:
         settings = parse(argv)
         KERNEL = settings.kernel
