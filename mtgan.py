@@ -48,7 +48,7 @@ from kernels import Muon, fused_linear, keep_memory, why_not_triton
 def option(default, text, **how):
     """A setting that is an option; how: what argparse shall know of it."""
     if type(default) in (int, float):
-        how = {"type": type(default), "metavar": "N"}
+        how, text = {"type": type(default), "metavar": "N"}, f"{text} ({default})"
     return field(default=default, metadata={"help": text, **how})
 
 @dataclass
@@ -58,25 +58,25 @@ class Settings:
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or go to (data)", metavar="DIR")
     out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
-    seed: int = option(0, "decides all that is random (0)")
+    seed: int = option(0, "decides all that is random")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu",
                          "cpu, cuda, cuda:1 ... (cuda, if there is one)", metavar="NAME")
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(25, "support images of a task (25; --adapt: all, if there are fewer)")
-    source_steps: int = option(0, "inner steps on the source, before the others (0)")
-    inner_steps: int = option(10, "inner steps on the support (10)")
-    inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth (0.1)")
-    warm_steps: int = option(5000, "steps of ordinary GAN training to start from (5000)")
-    meta_steps: int = option(1000, "episodes (1000)")
-    meta_batch: int = option(2, "tasks of an episode (2)")
-    meta_lr: float = option(5e-4, "outer learning rate (5e-4)")
-    test_seeds: int = option(6, "draws of the support in meta-testing (6)")
+    shots: int = option(25, "support images of a task (--adapt: at most)")
+    source_steps: int = option(0, "inner steps on the source, before the others")
+    inner_steps: int = option(10, "inner steps on the support")
+    inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth")
+    warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
+    meta_steps: int = option(1000, "episodes")
+    meta_batch: int = option(2, "tasks of an episode")
+    meta_lr: float = option(5e-4, "outer learning rate")
+    test_seeds: int = option(6, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
-    steps: int = option(10, "steps of --adapt (10)")
-    samples: int = option(64, "images that --adapt generates (64)")
+    steps: int = option(10, "steps of --adapt")
+    samples: int = option(64, "images that --adapt generates")
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
     judge_steps: int = 500  # no option
 
