@@ -663,13 +663,16 @@ def test_damaged_mnist_files(name, changed, tmp_path, offline, capsys):
     line = refused(capsys, "--source", "mnist", *TINY, *where)
     assert f"'mnist' in {tmp_path}" in line and "damaged" in line
 
-def test_a_stand_in_says_so_everywhere(tmp_path, offline, capsys):
-    specs, out = ["--source", "mnist:0-3", "--target", "fashion:0-3"], tmp_path / "out"
-    assert program(*specs, *TINY, "--data-dir", tmp_path / "none", "--out", out) == 0
-    report, saved = report_of(out), torch.load(out / "mtgan.pt", weights_only=True)
+def test_without_a_network(tmp_path, offline, capsys):
+    """What to do is said; the built-ins are named wherever figures on them are."""
+    line = refused(capsys, "--source", "mnist", *TINY, "--data-dir", tmp_path / "none")
+    assert "'mnist'" in line and "no network" in line and "strokes" in line
+    assert program(*BUILT_IN, *TINY, "--out", tmp_path / "out") == 0
+    report = report_of(tmp_path / "out")
+    saved = torch.load(tmp_path / "out" / "mtgan.pt", weights_only=True)
     for title in (capsys.readouterr().out, report["domains"], saved["domains"]):
-        assert title.startswith("strokes (stand-in for mnist) and shapes (stand-in for fashion)")
-    assert {row["target"] for row in report["rows"]} == {"shapes (stand-in for fashion) 3"}
+        assert title.startswith("strokes and shapes")
+    assert {row["target"] for row in report["rows"]} == {"shapes 3"}
 
 def test_what_is_left_out_of_a_folder(tmp_path, monkeypatch, capsys):
     """Without a word what a system made for itself; the rest in one line, named by kind."""
