@@ -275,9 +275,9 @@ def made_up(images):
 def level_sets(pen, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
-    Bright is where the field is positive or, with a pen, along its zero line. Most fields fall
-    towards the border, the others fill the frame. These domains never return: they must be learned
-    from the support, where known classes could be recognised. pen: bool [T] -> [T, n, 784]
+    Bright is where the field is positive or, with a pen, along its zero line. These domains never
+    return: they must be learned from the support, where known classes could be recognised.
+    pen: bool [T] -> [T, n, 784]
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
 
@@ -543,7 +543,7 @@ SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a fol
          "class in each sub-folder; mnist:0-6,9 is some classes")
 
 def load_domains(settings):
-    """The `Domains` of --source and --target; the last classes of each data set are held out."""
+    """The `Domains` of --source and --target; the last classes of a data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
     specs = [(spec, sides[0]) for spec in settings.source]
     specs += [(spec, sides[1]) for spec in settings.target]
@@ -593,9 +593,9 @@ def load_torchvision(name, data_dir):
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"the files of '{name}' in {data_dir} are damaged, or there are none and no "
-                        f"network ({error}). The built-in strokes and shapes need none, but figures "
-                        "on them prove nothing") from None
+        raise UserError(f"the files of '{name}' in {data_dir} are damaged, or there are none and "
+                        f"no network ({error}). The built-in strokes and shapes need none, but "
+                        "figures on them prove nothing") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -662,7 +662,7 @@ def read_image(path):
     return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
 
 def reseed(*numbers):
-    """All that is random from here on follows from these: no state of it need be saved."""
+    """All that is random from here on follows from these; no state of it is saved."""
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))
 
 def training(stage, steps, tensors, optimizers, settings):
@@ -698,7 +698,7 @@ def once(name, make, settings):
     return load(path)
 
 def load(path, *keys):
-    """What `save` wrote. Raises UserError where it is not there, damaged, or without the keys."""
+    """What `save` wrote; UserError where it is not there, damaged, or without the keys."""
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
@@ -709,7 +709,7 @@ def load(path, *keys):
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
-    """Under another name first: whoever looks finds the old file or the new one, whole."""
+    """Under another name first: whoever looks finds a whole file, the old or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".json":
@@ -723,7 +723,7 @@ def save(path, content):
     os.replace(temporary, path)
 
 def claim(out, run=""):
-    """Lock a folder for this process. It must be empty, or hold the file `run`."""
+    """Lock a folder. It must be empty, or hold the file `run`."""
     require((out / run).is_file() or not any(out.glob("[!.]*")),
             f"{out} is not empty: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -733,7 +733,7 @@ def claim(out, run=""):
         raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
-    """Two reports must be of one experiment: of the same settings, and of the same images."""
+    """Two reports must be of the same settings and images."""
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in (*FREE, *free) or before == value,
@@ -765,7 +765,7 @@ def parse(argv):
     used = {"tables": {"tables"}, "adapt": ADAPT, "train": options.keys() - {"steps", "samples"}}
     for name, value in given.items():
         flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_0 else 1e-9
-        require(name in used[mode], f"{flag} is of no use here; -h lists the options")
+        require(name in used[mode], f"{flag} is of no use here")
         require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
     require(mode != "adapt" or len(given.get("target", [])) == 1,
             "--adapt needs one --target, such as a folder of pictures")
