@@ -14,8 +14,8 @@ tells how far images of an adapted G are from other real ones, the *query*; then
 changes the initialisation. *MAML* follows the gradient of that score through all inner steps: it
 asks for a start that learns fast. *Reptile* goes where the inner steps have led, without any
 derivative: it asks for a start near to these places. By default both are added, Reptile less and
-less. Most targets are made up for one episode (section 5): the few real ones would be learned by
-heart. The source serves in the warm start, ordinary GAN training, and with --source-steps.
+less. Most targets are made up (section 5): the few real ones would be learned by heart. The source
+serves in the warm start, ordinary GAN training, and with --source-steps.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
 
@@ -136,7 +136,6 @@ def energy_distance(x, y):
     def within(images):  # none is compared with itself
         n = images.shape[1]
         return torch.cdist(images, images).sum((1, 2)) / (n * (n - 1))
-
     return 2 * torch.cdist(x, y).mean((1, 2)) - within(x) - within(y)
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------------------
@@ -183,8 +182,8 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   first order, the steps' gradients count as constants (the same paper). phi_0 reaches
-             the score only through them: it gets no gradient, nor do D's rates
+    fomaml   first order: the steps' gradients are constants (the same paper). phi_0 reaches the
+             score only through them: it gets no gradient, nor do D's rates
     reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
     both     g/|g| + share * r/|r|, equation (3)
@@ -288,21 +287,15 @@ def level_sets(pen, n):
         grid = torch.randn(tasks, images, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
 
-    design = smooth(1, 6) + 0.5 * smooth(1, 4)  # [T, 1, 28, 28]
-    mirrored = (design + design.flip(-1)) / 2 ** 0.5
-    design = torch.where(uniform(0, 1) < 0.5, mirrored, design)
-    height = design + (0.1 + 0.6 * uniform(0, 1) ** 2) * smooth(n, 5)  # [T, n, 28, 28]
+    height = smooth(1, 6) + 0.5 * smooth(1, 4) + uniform(0.1, 0.5) * smooth(n, 5)
     line = torch.linspace(-1, 1, 28)
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)  # high in the middle
     filled = (uniform(0, 1) < FILLED) & ~pen
-    height = torch.where(filled, height, height + island)
-    down = height.diff(dim=-2, prepend=height[..., :1, :])
-    across = height.diff(dim=-1, prepend=height[..., :1])
-    inside = height / (torch.hypot(down, across) + 0.05)  # about the pixels to the outline
-    stroke = uniform(0.8, 2) - inside.abs()
-    cover = torch.where(pen, stroke, inside).mul(2).sigmoid()
-    relief = uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4) + 0.35 * smooth(1, 8))
-    light = torch.where(pen | filled, 1, relief.clamp(min=0.1))
+    height = torch.where(filled, height, height + island)  # [T, n, 28, 28]
+    slope = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
+    inside = height / (slope + 0.05)  # about the pixels to the outline
+    cover = torch.where(pen, uniform(0.8, 2) - inside.abs(), inside).mul(2).sigmoid()
+    light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
 # 6  Training; `training`, in section 8, adds progress, saving and going on ------------------------
@@ -457,7 +450,7 @@ def judge_samples(samples, episode, targets, judge):
 
 def meta_test(starts, judge, domains, settings):
     """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
-    a dict for every method, draw of the support, number of steps and pair."""
+    a dict for every method, draw, number of steps and pair."""
     targets = [list(domains.images).index(target) for _, target in domains.test]
     n = min(500, (domains.fewest - settings.shots) // 2)
 
@@ -511,11 +504,11 @@ def picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1] as one enlarged picture."""
     squares = images.cpu().view(-1, 1, 28, 28)
     grid = torchvision.utils.make_grid(squares, columns, 1, True, (-1, 1))
-    small = torchvision.transforms.functional.to_pil_image(grid).convert("L")
+    small = torchvision.transforms.functional.to_pil_image(grid[0])
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
 def filmstrip(rows, settings):
-    """Every held-out target, adapted to step by step. Takes the images out of the rows."""
+    """Every held-out target, step by step. Takes the images out of the rows."""
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
     strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
@@ -561,7 +554,7 @@ def load_domains(settings):
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = list({pair[1]: pair for pair in pairs if held_out >= set(pair)}.values())
-    require(train and test, "too few classes: of each data set a third, 3 at most, is held out")
+    require(train and test, "too few classes: a third of each data set, at most 3, is held out")
     fewest = min(len(content) for content in images.values())
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
@@ -593,9 +586,8 @@ def load_torchvision(name, data_dir):
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"the files of '{name}' in {data_dir} are damaged, or there are none and "
-                        f"no network ({error}). The built-in strokes and shapes need none, but "
-                        "figures on them prove nothing") from None
+        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). The "
+                        "built-in strokes and shapes need none, but prove nothing") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -636,7 +628,7 @@ def load_folder(folder):
     if left_out:
         say(f"{folder}: left out {', '.join(f'{n} {kind}' for kind, n in left_out.items())}",
             sys.stderr)
-    require(classes, f"there is no readable picture in '{folder}'")
+    require(classes, f"no readable picture in '{folder}'")
     return {label: torch.tensor(np.stack(images)) for label, images in classes.items()}
 
 def read_image(path):
@@ -652,8 +644,7 @@ def read_image(path):
             values = 255 * (values - low) / max(high - low, 1e-9)
             image = Image.fromarray(np.uint8(values.clip(0, 255)))
         grey, alpha = image.convert("RGBA").convert("LA").split()
-    # What is drawn must stand out where the picture is transparent.
-    behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0
+    behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0  # where it is transparent
     grey = Image.composite(grey, Image.new("L", grey.size, behind), alpha)
     light = np.asarray(grey)
     border = int(np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])))
@@ -666,9 +657,9 @@ def reseed(*numbers):
     torch.manual_seed(zlib.crc32(repr(numbers).encode()))
 
 def training(stage, steps, tensors, optimizers, settings):
-    """The loop that all trainings share: yields (step, numbers); numbers takes what a step has to
-    say, and whether its update was "finite". Only tensors and optimizers may change, in place: they
-    are saved, and after `kill -9` the same bits follow."""
+    """The loop of all trainings: yields (step, numbers); numbers takes what a step has to say, and
+    whether its update was "finite". Only tensors and optimizers may change, in place: they are
+    saved, and after `kill -9` the same bits follow."""
     path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
@@ -737,7 +728,7 @@ def refuse_differences(folder, old, new, *free):
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in (*FREE, *free) or before == value,
-                f"{folder} has {name} {before}, not {value}; choose another --out")
+                f"{folder} has {name} {before}, not {value}")
 
 # 9  Command line ----------------------------------------------------------------------------------
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
@@ -808,7 +799,7 @@ def run(settings):
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(settings):
-    """Adapt a finished run to a user's pictures; write samples.png and each sample as a PNG."""
+    """Adapt a run to a user's pictures; write samples.png and each sample as a PNG."""
     path, spec = Path(settings.adapt), settings.target[0]
     saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
     title, classes = load_dataset(spec, settings.data_dir)
@@ -820,7 +811,7 @@ def deploy(settings):
     steps = len(episode.sources) + settings.steps
     theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
     samples = generator(theta, noise(1, settings.samples))[0].detach()  # [samples, 784]
-    require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps or more --shots")
+    require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
     out = Path(settings.out)
     with claim(out):
         for number, image in enumerate(samples):
