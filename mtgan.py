@@ -24,7 +24,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
     (2) inner step    phi'   = phi   - a_phi   dL_D/dphi        theta held constant
                       theta' = theta - a_theta dL_G/dtheta      the same z, phi' held constant
     (3) outer step    start <- start - optimiser(g/|g| + w r/|r|)     w falls from 1 to 0
-                      g = d score(theta_k) / d start            MAML
+                      g = d score / d start                     MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
 """
 import argparse, io, itertools, json, math, os, re, socket, sys, time, zlib
@@ -53,7 +53,7 @@ def option(default, text, **how):
 
 @dataclass
 class Settings:
-    """All that decides a run; report.json records it."""
+    """All that decides a run, `args` from here on; report.json records it."""
     source: tuple = option(("mnist",), "source domains (mnist)", nargs="+", metavar="SPEC")
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or go to (data)", metavar="DIR")
@@ -72,7 +72,7 @@ class Settings:
     meta_steps: int = option(1000, "episodes")
     meta_batch: int = option(2, "tasks of an episode")
     meta_lr: float = option(5e-4, "outer learning rate")
-    test_seeds: int = option(6, "draws of the support in meta-testing")
+    test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
     steps: int = option(10, "steps of --adapt")
@@ -87,7 +87,7 @@ def require(fine, message):
     if not fine:
         raise UserError(message)
 
-# 1  Networks, functions of their parameters; T tasks, B images, K inputs, N outputs ---------------
+# 1  Networks, functions of their parameters; T tasks, B images, K inputs, N outputs ---
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
@@ -117,7 +117,7 @@ def discriminator(phi, x, dropout=0.0):
 def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
-# 2  The game, and a score that no player can cheat ------------------------------------------------
+# 2  The game, and a score that no player can cheat ------------------------------------
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
@@ -138,7 +138,7 @@ def energy_distance(x, y):
         return torch.cdist(images, images).sum((1, 2)) / (n * (n - 1))
     return 2 * torch.cdist(x, y).mean((1, 2)) - within(x) - within(y)
 
-# 3  Inner loop: the players adapt to a task -------------------------------------------------------
+# 3  Inner loop: the players adapt to a task -------------------------------------------
 FAKES = 25  # generated images in an inner step
 
 def adapt(theta, phi, rates, batches, second_order=True):
@@ -150,17 +150,17 @@ def adapt(theta, phi, rates, batches, second_order=True):
 
     A step's gradients are *partial*. D's loss depends on phi_k by the fakes as well: they come from
     theta_k, and theta_k from a step against phi_k. grad would follow that path, but must hold theta
-    constant. So it is asked for an alias (view_as), a new tensor that theta_k has never met. To
+    constant. So we ask it for an alias (view_as), a new tensor that theta_k has never met. To
     detach the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
     """
     yield theta, phi
-    for (rates_g, rates_d), real in zip(rates, batches):
+    for (rates_g, rates_d), real in zip(rates, batches):  # rates first: wastes no batch
         phi = [p.view_as(p) for p in phi]
         fake = generator(theta, noise(len(real), FAKES))  # [T, FAKES, 784]
         logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
         loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
         phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-        shown = fake.view_as(fake)  # for phi' has met these fakes
+        shown = fake.view_as(fake)  # phi' depends on fake
         loss = loss_g(discriminator(phi, shown)).sum()
         of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
         theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
@@ -171,14 +171,14 @@ def descend(parameters, rates, gradients):
     rates = rates.repeat_interleave(2)
     return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
 
-# 4  Outer loop: the initialisation learns ---------------------------------------------------------
+# 4  Outer loop: the initialisation learns ---------------------------------------------
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
     sources: list  # the batch [T, shots, 784] of every step on the source
     support: torch.Tensor  # [T, shots, 784]
     query: torch.Tensor  # [T, queries, 784], none of them in the support
 
-def meta_gradient(leaves, episode, algorithm, share=1.0):
+def meta_gradient(leaves, episode, algorithm, w=1.0):
     """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
@@ -186,7 +186,7 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
              score only through them: it gets no gradient, nor do D's rates
     reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
-    both     g/|g| + share * r/|r|, equation (3)
+    both     g/|g| + w r/|r|, equation (3)
     """
     theta, phi, rates = leaves[:8], leaves[8:-1], leaves[-1].exp()
     tasks, queries, _ = episode.query.shape
@@ -208,7 +208,7 @@ def meta_gradient(leaves, episode, algorithm, share=1.0):
         return loss.detach(), reptile
     gradient = grad(loss, leaves, materialize_grads=True)
     if algorithm == "both":
-        gradient = [g + share * r for g, r in zip(unit(gradient), unit(reptile))]
+        gradient = [g + w * r for g, r in zip(unit(gradient), unit(reptile))]
     return loss.detach(), gradient
 
 def for_tasks(parameters, tasks):
@@ -227,19 +227,19 @@ def outer_optimizers(leaves):
     return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
 
 def adam(leaves, lr):
-    """Adam with the memory of a few steps that suits a game."""
+    """Adam with the short momentum that suits a game."""
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
-# 5  Tasks: pairs of domains, known or drawn -------------------------------------------------------
+# 5  Tasks: pairs of domains, known or drawn -------------------------------------------
 QUERIES = 64  # target images that score an adapted generator
-DRAWN = 0.7  # share of the targets that are drawn, not known classes
-PEN, FILLED = 0.3, 0.57  # shares: of those drawn with a pen; of the others, without a border
+DRAWN = 0.7  # share of the targets that are drawn
+PEN, FILLED = 0.3, 0.57  # shares: by pen, of these; reaching the border, of the others
 
 class Domains(NamedTuple):
     """All images of a run, and the pairs (source class, target class) of them."""
     images: dict  # 'mnist 7' -> uint8 [n, 784], bright on dark
     train: list  # pairs to meta-train on
-    test: list  # a pair for every target that is held out from all training
+    test: list  # a pair for every held-out target
     fewest: int  # images of the smallest class
     title: str  # 'mnist and fashion'
 
@@ -256,14 +256,13 @@ def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
     return torch.stack([some(domains.images[name], n) for name in classes])
 
-def sample_episode(domains, pairs, queries, settings, change=None):
+def sample_episode(domains, pairs, queries, args, change=None):
     """The `Episode` of tasks given as pairs; change: a function of the targets' images."""
     sources, targets = zip(*pairs)
-    shots = settings.shots
-    batches = [sample_images(domains, sources, shots) for _ in range(settings.source_steps)]
-    images = sample_images(domains, targets, shots + queries)
+    batches = [sample_images(domains, sources, args.shots) for _ in range(args.source_steps)]
+    images = sample_images(domains, targets, args.shots + queries)
     images = change(images) if change else images
-    return Episode(batches, images[:, :shots], images[:, shots:])
+    return Episode(batches, images[:, :args.shots], images[:, args.shots:])
 
 def made_up(images):
     """New domains of known ones [T, n, 784]: most are replaced by `level_sets`."""
@@ -275,7 +274,7 @@ def level_sets(pen, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
     Bright is where the field is positive or, with a pen, along its zero line. These domains never
-    return: they must be learned from the support, where known classes could be recognised.
+    return: they must be learned from the support, while known classes could be recognised.
     pen: bool [T] -> [T, n, 784]
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
@@ -283,8 +282,8 @@ def level_sets(pen, n):
     def uniform(low, high):  # [T, 1, 1, 1]
         return low + (high - low) * torch.rand(tasks, 1, 1, 1)
 
-    def smooth(images, cells):  # [T, images, 28, 28]
-        grid = torch.randn(tasks, images, cells, cells)
+    def smooth(many, cells):  # [T, many, 28, 28]
+        grid = torch.randn(tasks, many, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
 
     height = smooth(1, 6) + 0.5 * smooth(1, 4) + uniform(0.1, 0.5) * smooth(n, 5)
@@ -298,8 +297,8 @@ def level_sets(pen, n):
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training; `training`, in section 8, adds progress, saving and going on ------------------------
-GAN_BATCH = 64  # real images in a step of ordinary GAN training
+# 6  Training; `training`, in section 8, adds progress, saving and going on ------------
+GAN_BATCH = 64  # real images in an ordinary GAN step
 MAX_RATE = 0.5  # inner learning rates are learned, up to here
 
 def update(optimizers, leaves, gradients):
@@ -313,7 +312,7 @@ def update(optimizers, leaves, gradients):
     return finite
 
 def gan_step(leaves, optimizers, real, fakes):
-    """An ordinary step of D, then of G, on real images [T, B, 784] and `fakes` generated ones."""
+    """An ordinary step of D, then of G: real images [T, B, 784], `fakes` generated ones."""
     theta, phi = leaves[:8], leaves[8:]
     fake = generator(theta, noise(len(real), fakes))
     real_logits = discriminator(phi, real, dropout=0.3)
@@ -323,52 +322,51 @@ def gan_step(leaves, optimizers, real, fakes):
     finite_g = update(optimizers[:1], theta, grad(g, theta))
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
-def train_gan(stage, start, steps, domains, settings):
-    """Ordinary GAN training on four made-up domains in each step. Returns the parameters."""
+def train_gan(stage, start, steps, domains, args):
+    """Ordinary GAN training on four `made_up` domains in each step. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
-    for _, numbers in training(stage, steps, leaves, optimizers, settings):
+    for _, numbers in training(stage, steps, leaves, optimizers, args):
         known = [name for pair in pick(domains.train, 2) for name in pair]
         real = made_up(sample_images(domains, known, GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
 
-def meta_train(start, queries, domains, settings):
+def meta_train(start, queries, domains, args):
     """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
-    rates = settings.inner_lr * torch.tensor([[1.0], [0.2]])  # D is the quicker one to diverge
-    log_rates = rates.log().repeat(settings.source_steps + settings.inner_steps, 1, 4)
+    rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D is the quicker one to diverge
+    log_rates = rates.log().repeat(args.source_steps + args.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
-    optimizers, steps = outer_optimizers(leaves), settings.meta_steps
-    for step, numbers in training("meta-training", steps, leaves, optimizers, settings):
+    optimizers, steps = outer_optimizers(leaves), args.meta_steps
+    for step, numbers in training("meta-training", steps, leaves, optimizers, args):
         left = 1 - step / steps
-        lr = settings.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
+        lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
         for optimizer, factor in zip(optimizers, (1, 1, 12.5)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
-        pairs = pick(domains.train, settings.meta_batch)
-        episode = sample_episode(domains, pairs, queries, settings, made_up)
+        pairs = pick(domains.train, args.meta_batch)
+        episode = sample_episode(domains, pairs, queries, args, made_up)
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
-        loss, gradient = meta_gradient(leaves, episode, settings.algorithm, share=left)
+        loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
 
-def train_all(domains, settings):
-    """The warm start; from it meta-training and, for as many images, transfer, the baseline.
-    Returns the initialisation and transfer's parameters."""
-    reseed(settings.seed, "start")
-    start = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-    warm = train_gan("warm start", start, settings.warm_steps, domains, settings)
-    queries = min(QUERIES, domains.fewest - settings.shots)
-    seen = settings.shots * (settings.source_steps + 1) + queries  # images of a task
-    steps = settings.meta_steps * settings.meta_batch * seen // GAN_BATCH
-    transfer = train_gan("transfer", warm, steps, domains, settings)
-    return meta_train(warm, queries, domains, settings), transfer
+def train_all(domains, args):
+    """The warm start, and from it the initialisation and transfer, the baseline. Returns both."""
+    reseed(args.seed, "start")
+    scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
+    warm = train_gan("warm start", scratch, args.warm_steps, domains, args)
+    queries = min(QUERIES, domains.fewest - args.shots)
+    seen = args.shots * (args.source_steps + 1) + queries  # by a task
+    steps = args.meta_steps * args.meta_batch * seen // GAN_BATCH  # sees as many
+    transfer = train_gan("transfer", warm, steps, domains, args)
+    return meta_train(warm, queries, domains, args), transfer
 
-# 7  Meta-testing, and all that follows: measuring and serving -------------------------------------
+# 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---------
 GO_ON_LR = 2e-4  # Adam's rate after the learned steps
-BASELINE_LRS = (5e-4, 2e-3)  # Adam's without learned steps, a line each in the tables
+BASELINE_LRS = (5e-4, 2e-3)  # Adam's without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
@@ -407,9 +405,9 @@ def without_a_gan(episode, n):
             "support repeated": support[:, torch.arange(n) % shots],
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
-def train_judge(domains, settings):
+def train_judge(domains, args):
     """A CNN, [n, 784] -> features [n, 64] -> logits. It knows all classes, and trains no GAN."""
-    reseed(settings.seed, "judge")
+    reseed(args.seed, "judge")
     names, nn = list(domains.images), torch.nn
     features = nn.Sequential(  # no strides: they would let speckle pass
         nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
@@ -418,7 +416,7 @@ def train_judge(domains, settings):
     judge = nn.Sequential(features, nn.Linear(64, len(names)))
     leaves = list(judge.parameters())
     optimizers = [adam(leaves, 1e-3)]
-    for _, numbers in training("judge", settings.judge_steps, leaves, optimizers, settings):
+    for _, numbers in training("judge", args.judge_steps, leaves, optimizers, args):
         labels = torch.randint(len(names), (128,))
         x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)  # [128, 784]
         loss = F.cross_entropy(judge(x), labels)
@@ -437,7 +435,7 @@ def frechet_distance(a, b):
 
 def judge_samples(samples, episode, targets, judge):
     """The METRICS of each task's samples [n, 784]. Half of the query are real images to compare
-    with, half are the reference. targets: numbers of classes."""
+    with, half are the reference. targets: class indices."""
     judged = []
     for x, support, query, target in zip(samples, episode.support, episode.query, targets):
         fresh, reference = query.chunk(2)
@@ -448,22 +446,22 @@ def judge_samples(samples, episode, targets, judge):
                        "nearest": (mine / usual.clamp(min=1e-9)).item()})
     return judged
 
-def meta_test(starts, judge, domains, settings):
+def meta_test(starts, judge, domains, args):
     """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
     a dict for every method, draw, number of steps and pair."""
     targets = [list(domains.images).index(target) for _, target in domains.test]
-    n = min(500, (domains.fewest - settings.shots) // 2)
+    n = min(500, (domains.fewest - args.shots) // 2)
 
     def test(method, seed):
-        reseed(settings.seed, "test", seed)
-        episode = sample_episode(domains, domains.test, 2 * n, settings)
+        reseed(args.seed, "test", seed)
+        episode = sample_episode(domains, domains.test, 2 * n, args)
         if method == "no GAN":
             samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:
-            count = range(-settings.source_steps, settings.test_steps[-1] + 1)
+            count = range(-args.source_steps, args.test_steps[-1] + 1)
             samples = [(method, steps, generator(theta, noise(len(targets), n)).detach())
                        for steps, theta in zip(count, few_shot(*starts[method], episode))
-                       if steps in settings.test_steps]
+                       if steps in args.test_steps]
         rows = []
         for name, steps, x in samples:
             judged = judge_samples(x, episode, targets, judge)
@@ -472,11 +470,11 @@ def meta_test(starts, judge, domains, settings):
                              "target": target, "images": images[:9].clone(), **metrics})
         return rows
 
-    return [row for seed in range(settings.test_seeds) for method in ("no GAN", *starts)
-            for row in once(f"test {method} {seed}", partial(test, method, seed), settings)]
+    return [row for seed in range(args.test_seeds) for method in ("no GAN", *starts)
+            for row in once(f"test {method} {seed}", partial(test, method, seed), args)]
 
 def print_tables(folders):
-    """The METRICS of runs that differ in their seeds alone."""
+    """The METRICS of runs that differ in --seed alone."""
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
     reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
@@ -507,26 +505,26 @@ def picture(images, columns, zoom):
     small = torchvision.transforms.functional.to_pil_image(grid[0])
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
-def filmstrip(rows, settings):
+def filmstrip(rows, args):
     """Every held-out target, step by step. Takes the images out of the rows."""
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
     methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
     strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
     side, above = 184, 44
-    width = side * (1 + len(settings.test_steps))
+    width = side * (1 + len(args.test_steps))
     canvas = Image.new("L", (width, (side + above) * len(strips)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         pen.text((4, y), f"{target}, {method}", 0, font)
-        sheets = [("support repeated", 0), *((method, steps) for steps in settings.test_steps)]
+        sheets = [("support repeated", 0), *((method, steps) for steps in args.test_steps)]
         for j, (of, steps) in enumerate(sheets):
             pen.text((side * j + 4, y + 20), f"step {steps}" if j else "support", 0, font)
             canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
     return canvas
 
-# 8  Data and files --------------------------------------------------------------------------------
-HELD_OUT = 3  # classes of every data set that meta-training never sees
+# 8  Data and files --------------------------------------------------------------------
+HELD_OUT = 3  # classes of a data set that training never sees
 SAVE_SECONDS = 30  # from one saved state to the next
 FREE = "source", "target", "data_dir", "out", "device"  # what a continued run may change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
@@ -535,20 +533,20 @@ SIGNATURE.add_text("Software", "mtgan.py")
 SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
          "class in each sub-folder; mnist:0-6,9 is some classes")
 
-def load_domains(settings):
+def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
-    specs = [(spec, sides[0]) for spec in settings.source]
-    specs += [(spec, sides[1]) for spec in settings.target]
+    specs = [(spec, sides[0]) for spec in args.source]
+    specs += [(spec, sides[1]) for spec in args.target]
     for spec, side in specs:
-        title, classes = load_dataset(spec, settings.data_dir)
+        title, classes = load_dataset(spec, args.data_dir)
         names = [f"{title} {label}" for label in classes]
         titles.append(title)
         side.extend(names)
         held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
         for name, content in zip(names, classes.values()):
-            require(len(content) >= settings.shots + 4,  # a test takes 2 and 2 others
-                    f"'{name}' has too few images for --shots {settings.shots}")
+            require(len(content) >= args.shots + 4,  # a test takes 2 and 2 others
+                    f"'{name}' has too few images for --shots {args.shots}")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two different classes are called '{name}': rename a folder")
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
@@ -562,11 +560,10 @@ def load_dataset(spec, data_dir):
     """A data set, or some classes as in mnist:0-6,9: its name, {class: uint8 [n, 784]}"""
     listed = re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
     name, chosen = listed.group(1, 2) if listed and not os.path.isdir(spec) else (spec, "")
-    title = name
     if name in TORCHVISION:
-        classes = load_torchvision(name, data_dir)
+        title, classes = name, load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
-        classes = draw_built_in(name)
+        title, classes = name, draw_built_in(name)
     else:
         require(os.path.isdir(name), f"unknown domain '{spec}'. {SPECS}")
         title, classes = Path(name).resolve().name, load_folder(name)
@@ -578,7 +575,7 @@ def load_dataset(spec, data_dir):
     return title, {label: classes[label] for label in labels or classes}
 
 def load_torchvision(name, data_dir):
-    """MNIST or its kind, from data_dir or the network: {class: uint8 [n, 784]}"""
+    """MNIST or its kind, in data_dir or downloaded: {class: uint8 [n, 784]}"""
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     socket.setdefaulttimeout(20)
     try:
@@ -595,7 +592,7 @@ def load_torchvision(name, data_dir):
 
 def draw_built_in(name):
     """Ten domains drawn with a pen, 'strokes', or without, 'shapes': {class: uint8 [400, 784]}"""
-    torch.manual_seed(0)
+    torch.manual_seed(len(name))
     pen = torch.full((10,), name == "strokes")
     images = (level_sets(pen, 400) + 1) * 127.5
     return {str(number): own.byte() for number, own in enumerate(images)}
@@ -621,7 +618,7 @@ def load_folder(folder):
                     classes.setdefault(label or "(loose)", []).append(image)
             except UserError as error:
                 left_out[str(error)] += 1
-            except Exception:  # Pillow raises whatever a damaged file makes it raise
+            except Exception:  # whatever Pillow raises
                 left_out[f"unreadable {Path(entry.name).suffix or 'folder or file'}"] += 1
 
     read(folder)
@@ -652,15 +649,15 @@ def read_image(path):
         grey, border = ImageOps.invert(grey), 255 - border
     return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
 
-def reseed(*numbers):
+def reseed(*key):
     """All that is random from here on follows from these; no state of it is saved."""
-    torch.manual_seed(zlib.crc32(repr(numbers).encode()))
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
 
-def training(stage, steps, tensors, optimizers, settings):
+def training(stage, steps, tensors, optimizers, args):
     """The loop of all trainings: yields (step, numbers); numbers takes what a step has to say, and
     whether its update was "finite". Only tensors and optimizers may change, in place: they are
     saved, and after `kill -9` the same bits follow."""
-    path, first, skipped = Path(settings.out, "state", f"{stage}.pt"), 0, 0
+    path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
         torch._foreach_copy_([tensor.data for tensor in tensors], values)
@@ -668,7 +665,7 @@ def training(stage, steps, tensors, optimizers, settings):
             optimizer.load_state_dict(state)
     began, saved = time.monotonic(), -math.inf
     for step in range(first, steps):
-        reseed(settings.seed, stage, step)
+        reseed(args.seed, stage, step)
         numbers = {}
         yield step, numbers
         skipped += 0 if numbers.pop("finite") else 1
@@ -680,9 +677,9 @@ def training(stage, steps, tensors, optimizers, settings):
             save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
             saved = now
 
-def once(name, make, settings):
+def once(name, make, args):
     """make(), or what it returned before the run was killed."""
-    path = Path(settings.out, "state", f"{name}.pt")
+    path = Path(args.out, "state", f"{name}.pt")
     if not path.exists():
         say(name, sys.stderr)
         save(path, make())
@@ -696,7 +693,7 @@ def load(path, *keys):
         else:
             content = torch.load(path, torch.get_default_device(), weights_only=True)
         return content if not keys else {key: content[key] for key in keys}
-    except Exception as error:  # whatever a damaged or foreign file makes them raise
+    except Exception as error:  # whatever a foreign file raises
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
@@ -713,9 +710,9 @@ def save(path, content):
         temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
 
-def claim(out, run=""):
-    """Lock a folder. It must be empty, or hold the file `run`."""
-    require((out / run).is_file() or not any(out.glob("[!.]*")),
+def claim(out, mark=""):
+    """Lock a folder. It must be empty, or hold the file `mark`."""
+    require((out / mark).is_file() or not any(out.glob("[!.]*")),
             f"{out} is not empty: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -724,14 +721,14 @@ def claim(out, run=""):
         raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
-    """Two reports must be of the same settings and images."""
+    """Two reports must be of the same args and images."""
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in (*FREE, *free) or before == value,
                 f"{folder} has {name} {before}, not {value}")
 
-# 9  Command line ----------------------------------------------------------------------------------
-DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "meta_batch": 2, "test_seeds": 1,
+# 9  Command line ----------------------------------------------------------------------
+DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
 ADAPT = set("adapt target data_dir out seed device kernel shots steps samples".split())
 MAY_BE_0 = "seed", "source_steps", "warm_steps"
@@ -760,59 +757,59 @@ def parse(argv):
         require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
     require(mode != "adapt" or len(given.get("target", [])) == 1,
             "--adapt needs one --target, such as a folder of pictures")
-    settings = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
-    specs = [*["dry-run"] * settings.dry_run, *settings.source, *settings.target]
+    args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
+    specs = [*["dry-run"] * args.dry_run, *args.source, *args.target]
     if mode == "adapt":
-        settings.shots = given.get("shots")  # None: all, up to the default
-        specs = [settings.adapt, *settings.target]
+        args.shots = given.get("shots")  # None: all, up to the default
+        specs = [args.adapt, *args.target]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")
-    settings.out = settings.out or f"runs/{name[-99:]}"
-    return settings
+    args.out = args.out or f"runs/{name[-99:]}"
+    return args
 
-def run(settings):
-    """Meta-train, meta-test, and write everything to settings.out."""
-    began, out, domains = time.monotonic(), Path(settings.out), load_domains(settings)
-    pairs = zlib.crc32(repr((domains.train, domains.test)).encode())
-    images = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), pairs)
-    report = {"settings": {**asdict(settings), "images": images}, "domains": domains.title}
+def run(args):
+    """Meta-train, meta-test, and write everything to args.out."""
+    began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
+    crc = zlib.crc32(repr((domains.train, domains.test)).encode())
+    crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
+    report = {"settings": {**asdict(args), "images": crc}, "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
         else:
             save(path, report)
-        start, transfer = train_all(domains, settings)
-        reseed(settings.seed, "sources")
-        sources = sample_episode(domains, domains.train[:1], 1, settings).sources
+        start, transfer = train_all(domains, args)
+        reseed(args.seed, "sources")
+        sources = sample_episode(domains, domains.train[:1], 1, args).sources
         save(out / "mtgan.pt", {"start": start, "sources": sources, "domains": domains.title})
-        judge = train_judge(domains, settings)
-        reseed(settings.seed, "scratch")
+        judge = train_judge(domains, args)
+        reseed(args.seed, "scratch")
         scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
         starts = {"MT-GAN": (start, GO_ON_LR)}
         for lr in BASELINE_LRS:
             starts[f"transfer, Adam {lr:g}"] = transfer, lr
             starts[f"scratch, Adam {lr:g}"] = scratch, lr
-        rows = meta_test(starts, judge, domains, settings)
-        save(out / "adaptation.png", filmstrip(rows, settings))
+        rows = meta_test(starts, judge, domains, args)
+        save(out / "adaptation.png", filmstrip(rows, args))
         save(path, {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
-def deploy(settings):
+def deploy(args):
     """Adapt a run to a user's pictures; write samples.png and each sample as a PNG."""
-    path, spec = Path(settings.adapt), settings.target[0]
+    path, spec = Path(args.adapt), args.target[0]
     saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
-    title, classes = load_dataset(spec, settings.data_dir)
+    title, classes = load_dataset(spec, args.data_dir)
     images = torch.cat(list(classes.values()))
-    shots = settings.shots or min(Settings.shots, len(images))
+    shots = args.shots or min(Settings.shots, len(images))
     require(shots <= len(images), f"'{spec}' has {len(images)} images, fewer than --shots {shots}")
-    reseed(settings.seed, "adapt")
+    reseed(args.seed, "adapt")
     episode = Episode(saved["sources"], some(images, shots).unsqueeze(0), None)
-    steps = len(episode.sources) + settings.steps
+    steps = len(episode.sources) + args.steps
     theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
-    samples = generator(theta, noise(1, settings.samples))[0].detach()  # [samples, 784]
+    samples = generator(theta, noise(1, args.samples))[0].detach()  # [samples, 784]
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
-    out = Path(settings.out)
+    out = Path(args.out)
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
@@ -825,22 +822,22 @@ def main(argv=None):
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         stream.reconfigure(errors="replace")  # for a console that lacks a letter
     try:
-        settings = parse(argv)
-        KERNEL = settings.kernel
+        args = parse(argv)
+        KERNEL = args.kernel
         try:
-            torch.set_default_device(settings.device)
+            torch.set_default_device(args.device)
             torch.ones(1).double().item()
         except Exception:
-            raise UserError(f"--device {settings.device} cannot be used here; try cpu") from None
+            raise UserError(f"--device {args.device} cannot be used here; try cpu") from None
         if KERNEL == "triton":
-            require(not why_not_triton(settings.device), why_not_triton(settings.device))
+            require(not why_not_triton(args.device), why_not_triton(args.device))
         keep_memory()
-        if settings.tables:
-            print_tables(settings.tables)
-        elif settings.adapt is not None:
-            deploy(settings)
+        if args.tables:
+            print_tables(args.tables)
+        elif args.adapt is not None:
+            deploy(args)
         else:
-            run(settings)
+            run(args)
     except (UserError, OSError) as error:
         say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
