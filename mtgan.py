@@ -78,7 +78,7 @@ class Settings:
     steps: int = option(10, "steps of --adapt")
     samples: int = option(64, "images that --adapt generates")
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
-    judge_steps: int = 500  # no option
+    judge_steps: int = 500
 
 class UserError(Exception):
     """Something that the user can put right: shown as one line, exit code 2."""
@@ -133,10 +133,11 @@ def energy_distance(x, y):
     2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
     the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
     """
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # mm rounds
     def within(images):  # none is compared with itself
         n = images.shape[1]
-        return torch.cdist(images, images).sum((1, 2)) / (n * (n - 1))
-    return 2 * torch.cdist(x, y).mean((1, 2)) - within(x) - within(y)
+        return distance(images, images).sum((1, 2)) / (n * (n - 1))
+    return 2 * distance(x, y).mean((1, 2)) - within(x) - within(y)
 
 # 3  Inner loop: the players adapt to a task -------------------------------------------
 FAKES = 25  # generated images in an inner step
