@@ -772,7 +772,7 @@ def run(args):
     began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
     crc = zlib.crc32(repr((domains.train, domains.test)).encode())
     crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
-    report = {"settings": {**asdict(args), "images": crc}, "domains": domains.title}
+    report = {"settings": {**asdict(args), "image checksum": crc}, "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
