@@ -473,7 +473,8 @@ def compare(operands, slope, backend, tolerance):
 @BACKENDS
 @pytest.mark.parametrize("slope, size", [                    # T, B, N, K; the last is empty
     (0, (3, 7, 33, 100)), (0.2, (3, 7, 33, 100)), (1, (3, 7, 33, 100)), (0.2, (1, 1, 784, 7)),
-    (0, (1, 33, 100, 97)), (1, (3, 100, 1, 33)), (1.5, (3, 1, 7, 1)), (0.2, (2, 0, 3, 4))])
+    (0, (1, 33, 100, 97)), (1, (3, 100, 1, 33)), (1.5, (3, 1, 7, 1)), (0.2, (2, 0, 3, 4)),
+    (0.2, (128, 2, 3, 40))])                                 # enough tiles for large ones
 def test_all_gradients(poisoned, backend, slope, size):
     compare(draw(*size, dtype=torch.float32), slope, backend, 1e-5)
 
