@@ -361,7 +361,7 @@ def train_all(domains, args):
     warm = train_gan("warm start", scratch, args.warm_steps, domains, args)
     queries = min(QUERIES, domains.fewest - args.shots)
     seen = args.shots * (args.source_steps + 1) + queries  # by a task
-    steps = args.meta_steps * args.meta_batch * seen // GAN_BATCH  # sees as many
+    steps = args.meta_steps * args.meta_batch * seen // GAN_BATCH  # as many images
     transfer = train_gan("transfer", warm, steps, domains, args)
     return meta_train(warm, queries, domains, args), transfer
 
@@ -526,7 +526,7 @@ def filmstrip(rows, args):
 
 # 8  Data and files --------------------------------------------------------------------
 HELD_OUT = 3  # classes of a data set that training never sees
-SAVE_SECONDS = 30  # from one saved state to the next
+SAVE_SECONDS = 30  # between saved states
 FREE = "source", "target", "data_dir", "out", "device"  # what a continued run may change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()  # by which its own pictures are known, and left out
@@ -722,7 +722,7 @@ def claim(out, mark=""):
         raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
-    """Two reports must be of the same args and images."""
+    """Two reports must share settings and images."""
     for name, value in new["settings"].items():
         before = old["settings"].get(name)
         require(name in (*FREE, *free) or before == value,
@@ -798,7 +798,7 @@ def run(args):
 
 def deploy(args):
     """Adapt a run to a user's pictures; write samples.png and each sample as a PNG."""
-    path, spec = Path(args.adapt), args.target[0]
+    path, spec, out = Path(args.adapt), args.target[0], Path(args.out)
     saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
     title, classes = load_dataset(spec, args.data_dir)
     images = torch.cat(list(classes.values()))
@@ -810,7 +810,6 @@ def deploy(args):
     theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
     samples = generator(theta, noise(1, args.samples))[0].detach()  # [samples, 784]
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
-    out = Path(args.out)
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
@@ -824,6 +823,9 @@ def main(argv=None):
         stream.reconfigure(errors="replace")  # for a console that lacks a letter
     try:
         args = parse(argv)
+        if args.tables:
+            print_tables(args.tables)
+            return 0
         KERNEL = args.kernel
         try:
             torch.set_default_device(args.device)
@@ -833,12 +835,10 @@ def main(argv=None):
         if KERNEL == "triton":
             require(not why_not_triton(args.device), why_not_triton(args.device))
         keep_memory()
-        if args.tables:
-            print_tables(args.tables)
-        elif args.adapt is not None:
-            deploy(args)
-        else:
+        if args.adapt is None:
             run(args)
+        else:
+            deploy(args)
     except (UserError, OSError) as error:
         say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2

@@ -25,7 +25,6 @@ import mtgan
 from kernels import fused_linear
 
 # The plain loop over tasks: what the core must equal ----------------------------------------------
-
 def mlp(parameters, x, slope):      # a network of one task in plain PyTorch
     for i in range(0, len(parameters), 2):
         x = F.linear(x, parameters[i], parameters[i + 1])
@@ -44,12 +43,10 @@ def loop_tasks(leaves, episode, second_order=True, alias=True):
     for step in range(1, len(batches) + 1):
         noises.append(mtgan.noise(len(query), mtgan.FAKES))
         noises += [mtgan.noise(len(query), query.shape[1])] if step in scored else []
-
     def descend(parameters, rates, loss_of):
         mine = [p.clone() for p in parameters] if alias else parameters
         gradients = grad(loss_of(mine), mine, create_graph=second_order, retain_graph=True)
         return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
-
     for t in range(len(query)):
         parameters = [p[0] for p in leaves[:-1]]
         theta, phi, losses = parameters[:8], parameters[8:], []
@@ -76,7 +73,6 @@ def loop_gradient(leaves, episode, algorithm):
     return total, gradients
 
 # Gradients ----------------------------------------------------------------------------------------
-
 @pytest.fixture
 def small(monkeypatch, request):
     """Networks of a few units in float64, and an episode: 2 tasks, source and inner steps."""
@@ -124,7 +120,6 @@ def test_meta_gradient_is_that_of_finite_differences(small):
     for part in (slice(0, 8), slice(8, 16), slice(16, 17)):
         torch.manual_seed(1)
         direction = [torch.randn_like(leaf) for leaf in leaves[part]]
-
         def loss(size):
             moved = list(leaves)
             moved[part] = [leaf + size * d for leaf, d in zip(leaves[part], direction)]
@@ -179,7 +174,6 @@ def test_meta_gradient_through_triton(small, monkeypatch):
     assert distance(meta_gradient(leaves, episode)[1], expected) < 1e-10
 
 # Networks, game, score, optimisers ----------------------------------------------------------------
-
 def test_losses():
     def log(x):
         return math.log(1 + math.exp(x))
@@ -254,7 +248,6 @@ def test_update():
     assert torch.allclose(leaf, -gradient, atol=1e-4)
 
 # Tasks --------------------------------------------------------------------------------------------
-
 def numbered(classes=8, each=40):   # domains in which every image carries its own number
     images = torch.zeros(classes, each, 784, dtype=torch.uint8)
     images[..., 0] = torch.arange(classes).view(-1, 1)
@@ -266,6 +259,7 @@ def numbered(classes=8, each=40):   # domains in which every image carries its o
 def test_support_and_query_are_disjoint_and_of_the_target():
     pairs = [("d 0", "d 3"), ("d 2", "d 5")]
     episode = mtgan.sample_episode(numbered(), pairs, 30, mtgan.Settings(shots=10, source_steps=2))
+    assert episode.support.shape == (2, 10, 784) and episode.query.shape == (2, 30, 784)
     for t, (source, target) in enumerate(((0, 3), (2, 5))):
         images = ((torch.cat([episode.support[t], episode.query[t]]) + 1) * 127.5).round().int()
         assert set(images[:, 0].tolist()) == {target}
@@ -286,8 +280,25 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
     assert seen and not seen & held_out
 
-# Meta-testing -------------------------------------------------------------------------------------
+def test_the_outer_loops_schedule(tmp_path, monkeypatch):
+    """Reptile's share falls all the time, the rate in the second half; inner rates have a bound."""
+    seen, original = [], mtgan.update
+    def gradient(leaves, episode, algorithm, w):
+        seen.append(w)
+        return torch.zeros(()), [torch.full_like(leaf, 1e3) for leaf in leaves]
+    def update(optimizers, leaves, gradients):
+        seen.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+        assert abs(torch.cat([g.flatten() for g in gradients]).norm() - 1) < 1e-3
+        return original(optimizers, leaves, [*gradients[:-1], torch.full_like(leaves[-1], -1.0)])
+    monkeypatch.setattr(mtgan, "meta_gradient", gradient)
+    monkeypatch.setattr(mtgan, "update", update)
+    args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, inner_lr=0.4, out=str(tmp_path))
+    start = mtgan.new_network((3, 4, 1)) + mtgan.new_network((2, 4, 1))
+    rates = mtgan.meta_train(start, 5, numbered(), args)[-1].exp()
+    assert seen[::2] == [1, 0.75, 0.5, 0.25] and rates.max() <= mtgan.MAX_RATE + 1e-6
+    assert np.allclose(seen[1::2], np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 12.5]))
 
+# Meta-testing -------------------------------------------------------------------------------------
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     """Without learned rates all steps are Adam's, those on the source as well."""
     torch.manual_seed(0)
@@ -297,12 +308,10 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     seen = []
     original = mtgan.gan_step
     monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a) or original(*a))
-
     def adapted(start, steps):
         torch.manual_seed(1)
         thetas = itertools.islice(mtgan.few_shot(start, 1e-3, episode), steps + 1)
         return [[p.clone() for p in theta] for theta in thetas]
-
     found = adapted([*start, rates], 5)
     assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) > 0    # it is an average
     torch.manual_seed(1)
@@ -353,10 +362,8 @@ def test_judging_samples():
     assert abs(judged(fresh)["recognised"] - share) < 1e-9
 
 # What a meta-step costs: python test_mtgan.py ----------------------------------------------------
-
 class Counted(TorchDispatchMode):       # counts the torch operators called
     calls = 0
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         self.calls += 1
         return function(*args, **(kwargs or {}))
@@ -379,15 +386,12 @@ def benchmark(repetitions=5):
     leaves = [*start, torch.full((settings.inner_steps, 2, 4), 0.05).log()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     optimizers = mtgan.outer_optimizers(leaves)
-
     def draw():
         pairs = mtgan.pick(domains.train, settings.meta_batch)
         return mtgan.sample_episode(domains, pairs, mtgan.QUERIES, settings, mtgan.made_up)
-
     def meta_step(gradient):
         direction = gradient(leaves, draw(), "maml")[1]
         mtgan.update(optimizers, leaves, mtgan.unit(direction))
-
     episode, loop, ours = draw(), loop_gradient, mtgan.meta_gradient
     steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml"),
              "gradient": lambda: ours(leaves, episode, "maml"),
@@ -417,7 +421,6 @@ def test_benchmark(small, capsys, monkeypatch):
     assert len(operators) == 4 and operators["gradient"] < 0.5 * operators["gradient, plain loop"]
 
 # kernels.py --------------------------------------------------------------------------------------
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TRITON = pytest.mark.skipif(bool(kernels.why_not_triton(DEVICE)), reason="triton cannot run here")
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=TRITON)])
@@ -536,7 +539,6 @@ def test_refusals(monkeypatch):
         fused_linear(x, weight, bias, backend="triton")
 
 # Files --------------------------------------------------------------------------------------------
-
 BUILT_IN = "--source strokes:0-3 --target shapes:0-3".split()
 TINY = "--dry-run --device cpu --shots 3 --source-steps 1 --inner-steps 2".split()
 SMALL = {"GENERATOR_SIZES": (100, 24, 16, 12, 784), "DISCRIMINATOR_SIZES": (784, 12, 16, 8, 1),
@@ -615,7 +617,6 @@ def limit(what, most):
         resource.setrlimit(what, before)
 
 # Data ---------------------------------------------------------------------------------------------
-
 @pytest.fixture
 def offline(monkeypatch):
     """No network, and built-ins of nine images a class, which are drawn at once."""
@@ -736,7 +737,6 @@ def test_large_pictures_take_little(mode, width, height, megabytes, tmp_path):
     assert time.monotonic() - began < 3
 
 # The command line ---------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("message, line", [
     ("--target", "--adapt="), ("--target", "--adapt run"), ("mtgan.pt", "--adapt= --target shapes"),
     ("one --target", "--adapt run --target shapes strokes"), ("run", "--adapt run --target shapes"),
@@ -769,7 +769,6 @@ def test_a_reader_who_leaves_ends_no_run(tmp_path):
     assert report_of(tmp_path)["rows"]
 
 # Runs ---------------------------------------------------------------------------------------------
-
 def test_killed_at_any_moment_the_same_command_goes_on(finished, pictures, tmp_path):
     """The bits are those of the run that nobody disturbed, and what is done is not done again."""
     def times():
