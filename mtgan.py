@@ -3,19 +3,17 @@
 A GAN trained from scratch needs many images and steps. MT-GAN meta-trains the initialisation of a
 generator G and a discriminator D, so that on a new domain a few images and steps are enough.
 
-    python mtgan.py --source mnist --target fashion                 # meta-train, test, draw
-    python mtgan.py --source strokes --target shapes --dry-run      # the same, tiny, no download
-    python mtgan.py --adapt runs/mnist-fashion --target my_images/  # generate from your images
+    python mtgan.py --adapt --target my_images/         # draw more of them, by a trained start
+    python mtgan.py --source mnist --target fashion     # meta-train one, test it
+    python mtgan.py --test --target my_classes/         # test it on your own classes
 
 A *domain* is a class of images, as 'mnist 7'. A *task* is a pair of domains, a source and a target:
 generate the target, of which only a few *shots* are given, the *support*. In an *episode*, copies
 of the initialisation take k *inner* steps of the GAN's game on the support of some tasks; a score
-tells how far images of an adapted G are from other real ones, the *query*; then one *outer* step
-changes the initialisation. *MAML* follows the gradient of that score through all inner steps: it
-asks for a start that learns fast. *Reptile* goes where the inner steps have led, without any
-derivative: it asks for a start near to these places. By default both are added, Reptile less and
-less. Most targets are made up (section 5): the few real ones would be learned by heart. The source
-serves in the warm start, ordinary GAN training, and with --source-steps.
+tells how far images of the adapted G are from other real ones, the *query*; then one *outer* step
+changes the initialisation. *MAML* follows the gradient of that score through all inner steps.
+*Reptile* goes where they have led, without any derivative. By default both are added, Reptile less
+and less. Most targets are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
 
@@ -27,7 +25,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, 
                       g = d score / d start                     MAML
                       r = start - mean of (theta_k, phi_k)      Reptile
 """
-import argparse, io, itertools, json, math, os, re, socket, sys, time, zlib
+import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -50,6 +48,9 @@ def option(default, text, **how):
     if type(default) in (int, float):
         how, text = {"type": type(default), "metavar": "N"}, f"{text} ({default})"
     return field(default=default, metadata={"help": text, **how})
+
+SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # a start of the default run
+START = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
 
 @dataclass
 class Settings:
@@ -74,7 +75,8 @@ class Settings:
     meta_lr: float = option(5e-4, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
-    adapt: str = option(None, "adapt this run to --target, and generate", metavar="RUN")
+    test: str = option(None, "test on all classes of --target (the start in assets)", **START)
+    adapt: str = option(None, "adapt to --target, and generate (the start in assets)", **START)
     steps: int = option(10, "steps of --adapt")
     samples: int = option(64, "images that --adapt generates")
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
@@ -93,9 +95,10 @@ GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 KERNEL = "auto"  # backend of all linear layers, set by --kernel
 
-def new_network(sizes):
-    """[weight, bias, ...] as [T, N, K], [T, N], with T = 1: all tasks share them to begin with."""
-    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in zip(sizes, sizes[1:])]
+def new_parameters():
+    """[*theta, *phi], weights [T, N, K] and biases [T, N], with T = 1: shared by all tasks."""
+    pairs = [*itertools.pairwise(GENERATOR_SIZES), *itertools.pairwise(DISCRIMINATOR_SIZES)]
+    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in pairs]
     return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
 
 def network(parameters, x, slope, dropout=0.0):
@@ -142,30 +145,29 @@ def energy_distance(x, y):
 # 3  Inner loop: the players adapt to a task -------------------------------------------
 FAKES = 25  # generated images in an inner step
 
-def adapt(theta, phi, rates, batches, second_order=True):
-    """A step of D, then one of G, equation (2), on batches [T, B, 784] of real images.
+def inner_step(theta, phi, rates, real, second_order=True):
+    """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
-    theta, phi: [T, ...] each; rates [steps, 2, 4]: G's and D's for every step and layer (Antoniou
-    et al. 2019, arXiv 1810.09502). Yields theta and phi before and after every step. second_order
-    keeps the graph, to differentiate a score of them through all steps.
+    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, others in every step
+    (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph, to differentiate a score
+    through all steps.
 
-    A step's gradients are *partial*. D's loss depends on phi_k by the fakes as well: they come from
-    theta_k, and theta_k from a step against phi_k. grad would follow that path, but must hold theta
-    constant. So we ask it for an alias (view_as), a new tensor that theta_k has never met. To
-    detach the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
+    The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
+    and theta from a step against an earlier phi. grad would follow that path, but must hold theta
+    constant. So we ask it for an alias (view_as), a new tensor that theta has never met. To detach
+    the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
     """
-    yield theta, phi
-    for (rates_g, rates_d), real in zip(rates, batches):  # rates first: wastes no batch
-        phi = [p.view_as(p) for p in phi]
-        fake = generator(theta, noise(len(real), FAKES))  # [T, FAKES, 784]
-        logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
-        loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
-        phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-        shown = fake.view_as(fake)  # phi' depends on fake
-        loss = loss_g(discriminator(phi, shown)).sum()
-        of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
-        theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
-        yield theta, phi
+    rates_g, rates_d = rates
+    phi = [p.view_as(p) for p in phi]
+    fake = generator(theta, noise(len(real), FAKES))  # [T, FAKES, 784]
+    logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
+    loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
+    phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
+    shown = fake.view_as(fake)  # phi' depends on fake
+    loss = loss_g(discriminator(phi, shown)).sum()
+    of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
+    theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
+    return theta, phi
 
 def descend(parameters, rates, gradients):
     """p - a dL/dp for weights and biases, with a rate a for every layer  # rates [4]"""
@@ -189,21 +191,15 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
              1803.02999); the rates stay
     both     g/|g| + w r/|r|, equation (3)
     """
-    theta, phi, rates = leaves[:8], leaves[8:-1], leaves[-1].exp()
     tasks, queries, _ = episode.query.shape
-    inner_steps = len(rates) - len(episode.sources)
-    batches = [*episode.sources, *[episode.support] * inner_steps]
-    # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
-    scored = {len(batches) - inner_steps // 2, len(batches)}
-    second_order = algorithm in ("maml", "both")
-    players = adapt(for_tasks(theta, tasks), for_tasks(phi, tasks), rates, batches, second_order)
-    loss = 0
-    for steps, (theta_k, phi_k) in enumerate(players):
-        adapted = [*theta_k, *phi_k]
-        if steps in scored:
-            fake = generator(theta_k, noise(tasks, queries))  # [T, queries, 784]
-            loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
-    ends = [end.detach().mean(0, keepdim=True) for end in adapted]
+    starts, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
+    theta, phi = starts[:8], starts[8:]
+    batches = itertools.chain(episode.sources, itertools.repeat(episode.support))
+    for step_rates, real in zip(rates, batches):
+        theta, phi = inner_step(theta, phi, step_rates, real, algorithm in ("maml", "both"))
+    fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
+    loss = energy_distance(fake, episode.query).mean()
+    ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
         return loss.detach(), reptile
@@ -248,10 +244,6 @@ def some(images, n):
     """n random ones, different if there are so many: uint8 [m, 784] -> [-1, 1], [n, 784]"""
     chosen = torch.randperm(len(images))[torch.arange(n) % len(images)]
     return images[chosen] / 127.5 - 1
-
-def pick(things, n):
-    """n random ones of a list, one by one."""
-    return [things[i] for i in torch.randint(len(things), (n,))]
 
 def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
@@ -328,7 +320,7 @@ def train_gan(stage, start, steps, domains, args):
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     for _, numbers in training(stage, steps, leaves, optimizers, args):
-        known = [name for pair in pick(domains.train, 2) for name in pair]
+        known = [name for pair in random.choices(domains.train, k=2) for name in pair]
         real = made_up(sample_images(domains, known, GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
@@ -345,7 +337,7 @@ def meta_train(start, queries, domains, args):
         lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
         for optimizer, factor in zip(optimizers, (1, 1, 12.5)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
-        pairs = pick(domains.train, args.meta_batch)
+        pairs = random.choices(domains.train, k=args.meta_batch)
         episode = sample_episode(domains, pairs, queries, args, made_up)
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
@@ -355,15 +347,14 @@ def meta_train(start, queries, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """The warm start, and from it the initialisation and transfer, the baseline. Returns both."""
+    """All trainings. Returns the initialisation; transfer, its baseline, is read from its state."""
     reseed(args.seed, "start")
-    scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-    warm = train_gan("warm start", scratch, args.warm_steps, domains, args)
+    warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
     queries = min(QUERIES, domains.fewest - args.shots)
     seen = args.shots * (args.source_steps + 1) + queries  # by a task
     steps = args.meta_steps * args.meta_batch * seen // GAN_BATCH  # as many images
-    transfer = train_gan("transfer", warm, steps, domains, args)
-    return meta_train(warm, queries, domains, args), transfer
+    train_gan("transfer", warm, steps, domains, args)
+    return meta_train(warm, queries, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---------
 GO_ON_LR = 2e-4  # Adam's rate after the learned steps
@@ -380,12 +371,14 @@ def few_shot(start, lr, episode):
     the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
+    theta, phi = shared[:8], shared[8:]
     rates = start[16].detach().exp() if len(start) > 16 else []
     batches = itertools.chain(episode.sources, itertools.repeat(episode.support))
-    for theta, phi in adapt(shared[:8], shared[8:], rates, batches, second_order=False):
-        adapted = [*theta, *phi]
+    yield theta
+    for step_rates, real in zip(rates, batches):  # rates first: wastes no batch
+        theta, phi = inner_step(theta, phi, step_rates, real, second_order=False)
         yield theta
-    leaves = [p.detach().clone().requires_grad_() for p in adapted]
+    leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
     average = [p.detach().clone() for p in leaves[:8]]
     optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
     for count, real in enumerate(batches, 1):
@@ -393,6 +386,17 @@ def few_shot(start, lr, episode):
         with torch.no_grad():
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
         yield average
+
+def translate(theta, images):
+    """One noise in two domains: z for which the first G of theta [2, ...] draws images [1, n, 784],
+    and what the second G makes of this z. Returns the images, and both  # [3, n, 784]"""
+    first, second = [p[:1] for p in theta], [p[1:] for p in theta]
+    z = noise(1, images.shape[1]).requires_grad_()
+    optimizer = torch.optim.Adam([z], 0.05)
+    for _ in range(300):
+        z.grad, = grad((generator(first, z) - images).square().sum(), z)
+        optimizer.step()
+    return torch.cat([images, generator(first, z), generator(second, z)]).detach()
 
 def without_a_gan(episode, n):
     """What a sceptic tries first with the support: {name: [T, n, 784]}"""
@@ -434,45 +438,42 @@ def frechet_distance(a, b):
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     return distance.clamp(min=0).item()
 
-def judge_samples(samples, episode, targets, judge):
-    """The METRICS of each task's samples [n, 784]. Half of the query are real images to compare
-    with, half are the reference. targets: class indices."""
-    judged = []
-    for x, support, query, target in zip(samples, episode.support, episode.query, targets):
-        fresh, reference = query.chunk(2)
-        seen = judge[0](x)
-        mine, usual = (torch.cdist(images, support).amin(1).mean() for images in (x, fresh))
-        judged.append({"frechet": frechet_distance(seen, judge[0](reference)),
-                       "recognised": (judge[1](seen).argmax(-1) == target).double().mean().item(),
-                       "nearest": (mine / usual.clamp(min=1e-9)).item()})
-    return judged
+def judge_samples(x, support, query, target, judge):
+    """The METRICS of one task's samples x [n, 784]. Half of the query [2 n, 784] are real images to
+    compare with, half are the reference. target: a class index."""
+    fresh, reference = query.chunk(2)
+    features, mine = judge[0](x), torch.cdist(x, support).amin(1).mean()
+    usual = torch.cdist(fresh, support).amin(1).mean().clamp(min=1e-9)
+    return {"frechet": frechet_distance(features, judge[0](reference)),
+            "recognised": (judge[1](features).argmax(-1) == target).double().mean().item(),
+            "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
     """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
     a dict for every method, draw, number of steps and pair."""
-    targets = [list(domains.images).index(target) for _, target in domains.test]
     n = min(500, (domains.fewest - args.shots) // 2)
-
-    def test(method, seed):
+    path, names = Path(args.out, "state", "test.pt"), list(domains.images)
+    done, rows = load(path) if path.exists() else (0, [])
+    tests = list(itertools.product(range(args.test_seeds), ("no GAN", *starts)))
+    for done, (seed, method) in enumerate(tests[done:], done + 1):
+        say(f"test {done}/{len(tests)}: {method}", sys.stderr)
         reseed(args.seed, "test", seed)
         episode = sample_episode(domains, domains.test, 2 * n, args)
         if method == "no GAN":
             samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:
             count = range(-args.source_steps, args.test_steps[-1] + 1)
-            samples = [(method, steps, generator(theta, noise(len(targets), n)).detach())
+            samples = [(method, steps, generator(theta, noise(len(domains.test), n)).detach())
                        for steps, theta in zip(count, few_shot(*starts[method], episode))
                        if steps in args.test_steps]
-        rows = []
         for name, steps, x in samples:
-            judged = judge_samples(x, episode, targets, judge)
-            for (source, target), images, metrics in zip(domains.test, x, judged):
+            for i, (source, target) in enumerate(domains.test):
+                task = x[i], episode.support[i], episode.query[i], names.index(target)
                 rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
-                             "target": target, "images": images[:9].clone(), **metrics})
-        return rows
-
-    return [row for seed in range(args.test_seeds) for method in ("no GAN", *starts)
-            for row in once(f"test {method} {seed}", partial(test, method, seed), args)]
+                             "target": target, "images": x[i, :9].clone(),
+                             **judge_samples(*task, judge)})
+        save(path, (done, rows))
+    return rows
 
 def print_tables(folders):
     """The METRICS of runs that differ in --seed alone."""
@@ -483,15 +484,14 @@ def print_tables(folders):
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
+    cells = {}
+    for row in rows:
+        cells.setdefault(row["method"], {}).setdefault(row["steps"], []).append(row)
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
-        for method in dict.fromkeys(row["method"] for row in rows):
-            line = f"{method:24}"
-            for steps in columns:
-                values = [row[metric] for row in rows
-                          if (row["method"], row["steps"]) == (method, steps)]
-                line += f"{interval(values):>14}" if values else ""
-            say(line)
+        for method, by_steps in cells.items():
+            shown = [interval([row[metric] for row in same]) for same in by_steps.values()]
+            say(f"{method:24}" + "".join(f"{each:>14}" for each in shown))
 
 def interval(values):
     """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
@@ -509,11 +509,11 @@ def picture(images, columns, zoom):
 def filmstrip(rows, args):
     """Every held-out target, step by step. Takes the images out of the rows."""
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
-    methods = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
-    strips = list(itertools.product(dict.fromkeys(row["target"] for row in rows), methods))
+    shown = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
+    strips = [pair for pair in dict.fromkeys((row["target"], row["method"]) for row in rows)
+              if pair[1] in shown]
     side, above = 184, 44
-    width = side * (1 + len(args.test_steps))
-    canvas = Image.new("L", (width, (side + above) * len(strips)), 255)
+    canvas = Image.new("L", (side * (1 + len(args.test_steps)), (side + above) * len(strips)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
@@ -537,14 +537,15 @@ SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a fol
 def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
-    specs = [(spec, sides[0]) for spec in args.source]
+    specs = [(spec, sides[0]) for spec in args.source or args.target]
     specs += [(spec, sides[1]) for spec in args.target]
     for spec, side in specs:
         title, classes = load_dataset(spec, args.data_dir)
         names = [f"{title} {label}" for label in classes]
         titles.append(title)
         side.extend(names)
-        held_out.update(names[-min(HELD_OUT, max(1, len(names) // 3)):])
+        few = len(names) if args.test else min(HELD_OUT, max(1, len(names) // 3))
+        held_out.update(names[-few:])
         for name, content in zip(names, classes.values()):
             require(len(content) >= args.shots + 4,  # a test takes 2 and 2 others
                     f"'{name}' has too few images for --shots {args.shots}")
@@ -553,7 +554,8 @@ def load_domains(args):
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = list({pair[1]: pair for pair in pairs if held_out >= set(pair)}.values())
-    require(train and test, "too few classes: a third of each data set, at most 3, is held out")
+    require(test and (train or args.test),
+            "too few classes: --test takes 2; to train, a third of each data set is held out")
     fewest = min(len(content) for content in images.values())
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
@@ -603,26 +605,24 @@ def load_folder(folder):
     What a system makes for itself is passed over; what else is left out is named by kind."""
     classes, left_out = {}, Counter()
 
-    def natural(entry):  # 2 comes before 10
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", entry.name)]
+    def natural(path):  # 2 comes before 10
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
-    def read(directory, label=None):
-        for entry in sorted(os.scandir(directory), key=natural):
-            try:
-                if entry.name.startswith((".", "__", "@", "$")):
-                    continue
-                if entry.is_dir():
-                    require(not label or not entry.is_symlink(), "linked folder")
-                    read(entry.path, label or entry.name)
-                else:
-                    image = read_image(entry.path)
-                    classes.setdefault(label or "(loose)", []).append(image)
-            except UserError as error:
-                left_out[str(error)] += 1
-            except Exception:  # whatever Pillow raises
-                left_out[f"unreadable {Path(entry.name).suffix or 'folder or file'}"] += 1
-
-    read(folder)
+    for path in sorted(Path(folder).rglob("*"), key=natural):
+        parts = path.relative_to(folder).parts
+        if any(part.startswith((".", "__", "@", "$")) for part in parts):
+            continue
+        try:
+            if path.is_dir():
+                require(not path.is_symlink(), "linked folder")
+                os.scandir(path).close()  # raises if it is locked: rglob passes over it
+            else:
+                image = read_image(path)
+                classes.setdefault(parts[0] if parts[1:] else "(loose)", []).append(image)
+        except UserError as error:
+            left_out[str(error)] += 1
+        except Exception:  # whatever Pillow raises
+            left_out[f"unreadable {path.suffix or 'folder or file'}"] += 1
     if left_out:
         say(f"{folder}: left out {', '.join(f'{n} {kind}' for kind, n in left_out.items())}",
             sys.stderr)
@@ -652,7 +652,8 @@ def read_image(path):
 
 def reseed(*key):
     """All that is random from here on follows from these; no state of it is saved."""
-    torch.manual_seed(zlib.crc32(repr(key).encode()))
+    random.seed(repr(key))
+    torch.manual_seed(random.getrandbits(32))
 
 def training(stage, steps, tensors, optimizers, args):
     """The loop of all trainings: yields (step, numbers); numbers takes what a step has to say, and
@@ -678,13 +679,15 @@ def training(stage, steps, tensors, optimizers, args):
             save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
             saved = now
 
-def once(name, make, args):
-    """make(), or what it returned before the run was killed."""
-    path = Path(args.out, "state", f"{name}.pt")
-    if not path.exists():
-        say(name, sys.stderr)
-        save(path, make())
-    return load(path)
+def load_start(path):
+    """What a run has saved in mtgan.pt, with the start in full precision."""
+    path = Path(path)
+    path = path / "mtgan.pt" if path.is_dir() else path
+    saved = load(path, "start", "source_steps", "domains")
+    shapes = [getattr(p, "shape", None) for p in saved["start"][:-1]]
+    ours = [p.shape for p in new_parameters()]
+    require(shapes == ours, f"{path} is a start of other networks")
+    return {**saved, "start": [p.float() for p in saved["start"]]}
 
 def load(path, *keys):
     """What `save` wrote; UserError where it is not there, damaged, or without the keys."""
@@ -731,7 +734,9 @@ def refuse_differences(folder, old, new, *free):
 # 9  Command line ----------------------------------------------------------------------
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
-ADAPT = set("adapt target data_dir out seed device kernel shots steps samples".split())
+GENERAL = {"target", "data_dir", "out", "seed", "device", "kernel", "shots"}
+MODES = {"tables": {"tables"}, "test": {"test", "test_seeds", "dry_run", *GENERAL},
+         "adapt": {"adapt", "source", "steps", "samples", *GENERAL}}
 MAY_BE_0 = "seed", "source_steps", "warm_steps"
 
 def say(line, file=None):
@@ -750,28 +755,31 @@ def parse(argv):
     for name, how in options.items():
         parser.add_argument("--" + name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
-    mode = next((mode for mode in ("tables", "adapt") if mode in given), "train")
-    used = {"tables": {"tables"}, "adapt": ADAPT, "train": options.keys() - {"steps", "samples"}}
+    mode = next((mode for mode in MODES if mode in given), "train")
+    used = MODES.get(mode, options.keys() - {"steps", "samples"})
     for name, value in given.items():
         flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_0 else 1e-9
-        require(name in used[mode], f"{flag} is of no use here")
+        require(name in used, f"{flag} is of no use here")
         require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
-    require(mode != "adapt" or len(given.get("target", [])) == 1,
-            "--adapt needs one --target, such as a folder of pictures")
     args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
-    specs = [*["dry-run"] * args.dry_run, *args.source, *args.target]
+    if mode in ("test", "adapt"):
+        require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
+        args.source = given.get("source", ())
     if mode == "adapt":
         args.shots = given.get("shots")  # None: all, up to the default
-        specs = [args.adapt, *args.target]
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join(specs)).strip("-.")
-    args.out = args.out or f"runs/{name[-99:]}"
+        require(len(args.target) == 1 >= len(args.source), "--adapt: one --target, one --source")
+    words = [word for word in ("dry_run", "test", "adapt") if word in given]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([*words, *args.source, *args.target]))
+    args.out = args.out or f"runs/{name.strip('-.')[-99:]}"
     return args
 
 def run(args):
-    """Meta-train, meta-test, and write everything to args.out."""
+    """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
     began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
     crc = zlib.crc32(repr((domains.train, domains.test)).encode())
     crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
+    if args.test is not None:
+        args.source_steps = load_start(args.test)["source_steps"]
     report = {"settings": {**asdict(args), "image checksum": crc}, "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
@@ -779,41 +787,51 @@ def run(args):
             refuse_differences(out, load(path, "settings"), report)
         else:
             save(path, report)
-        start, transfer = train_all(domains, args)
-        reseed(args.seed, "sources")
-        sources = sample_episode(domains, domains.train[:1], 1, args).sources
-        save(out / "mtgan.pt", {"start": start, "sources": sources, "domains": domains.title})
-        judge = train_judge(domains, args)
+        if args.test is None:
+            start = train_all(domains, args)
+            half = [p.detach().half() for p in start]  # tested as it is saved
+            save(out / "mtgan.pt", {"start": half, "source_steps": args.source_steps,
+                                    "domains": domains.title})
+        judge, trained = train_judge(domains, args), args.test or out
+        transfer = Path(trained, "state", "transfer.pt")
         reseed(args.seed, "scratch")
-        scratch = new_network(GENERATOR_SIZES) + new_network(DISCRIMINATOR_SIZES)
-        starts = {"MT-GAN": (start, GO_ON_LR)}
-        for lr in BASELINE_LRS:
-            starts[f"transfer, Adam {lr:g}"] = transfer, lr
-            starts[f"scratch, Adam {lr:g}"] = scratch, lr
+        baselines = {"scratch": new_parameters()}
+        if transfer.exists():
+            baselines["transfer"] = load(transfer)[2]
+        starts = {"MT-GAN": (load_start(trained)["start"], GO_ON_LR)}
+        for name, lr in itertools.product(baselines, BASELINE_LRS):
+            starts[f"{name}, Adam {lr:g}"] = baselines[name], lr
         rows = meta_test(starts, judge, domains, args)
         save(out / "adaptation.png", filmstrip(rows, args))
         save(path, {**report, "rows": rows})
     print_tables([out])
-    say(f"\n{out}: mtgan.pt, report.json, adaptation.png; {time.monotonic() - began:.0f} s")
+    say(f"\n{out}: report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(args):
-    """Adapt a run to a user's pictures; write samples.png and each sample as a PNG."""
-    path, spec, out = Path(args.adapt), args.target[0], Path(args.out)
-    saved = load(path / "mtgan.pt" if path.is_dir() else path, "start", "sources", "domains")
-    title, classes = load_dataset(spec, args.data_dir)
-    images = torch.cat(list(classes.values()))
-    shots = args.shots or min(Settings.shots, len(images))
-    require(shots <= len(images), f"'{spec}' has {len(images)} images, fewer than --shots {shots}")
+    """Adapt a start to a user's pictures. Writes samples.png, each sample as a PNG, and with a
+    --source translation.png."""
+    saved, out, sets = load_start(args.adapt), Path(args.out), []
+    for spec in (*args.source, *args.target):
+        title, classes = load_dataset(spec, args.data_dir)
+        sets.append(torch.cat(list(classes.values())))
+        require(2 <= (args.shots or 2) <= len(sets[-1]), f"'{spec}' has {len(sets[-1])} images, "
+                f"for --shots {args.shots or 'from 2 on'}")
+    require(len(sets) == 1 or not torch.equal(*sets), "--source and --target are the same images")
+    shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
-    episode = Episode(saved["sources"], some(images, shots).unsqueeze(0), None)
-    steps = len(episode.sources) + args.steps
-    theta = next(itertools.islice(few_shot(saved["start"], GO_ON_LR, episode), steps, None))
-    samples = generator(theta, noise(1, args.samples))[0].detach()  # [samples, 784]
+    support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
+    sources = [support[:1].expand_as(support)] * saved["source_steps"]
+    thetas = few_shot(saved["start"], GO_ON_LR, Episode(sources, support, None))
+    theta = next(itertools.islice(thetas, len(sources) + args.steps, None))
+    samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
         save(out / "samples.png", picture(samples, math.ceil(len(samples) ** 0.5), 3))
+        if args.source:
+            rows = translate(theta, support[:1]).flatten(0, 1)  # [3 shots, 784]
+            save(out / "translation.png", picture(rows, shots, 3))
     say(f"{out}: {len(samples)} samples of {title}, from a start trained on {saved['domains']}")
 
 def main(argv=None):
