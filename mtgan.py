@@ -32,7 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads shall not spin long
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads spin less
 import filelock
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def option(default, text, **how):
         how, text = {"type": type(default), "metavar": "N"}, f"{text} ({default})"
     return field(default=default, metadata={"help": text, **how})
 
-SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # a start of the default run
+SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # of the default run
 START = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
 
 @dataclass
@@ -70,9 +70,9 @@ class Settings:
     inner_steps: int = option(10, "inner steps on the support")
     inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
-    meta_steps: int = option(1000, "episodes")
+    meta_steps: int = option(1250, "episodes")
     meta_batch: int = option(2, "tasks of an episode")
-    meta_lr: float = option(5e-4, "outer learning rate")
+    meta_lr: float = option(1e-3, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     test: str = option(None, "test on all classes of --target (the start in assets)", **START)
@@ -83,7 +83,7 @@ class Settings:
     judge_steps: int = 500
 
 class UserError(Exception):
-    """Something that the user can put right: shown as one line, exit code 2."""
+    """Something that the user can put right."""
 
 def require(fine, message):
     if not fine:
@@ -97,8 +97,8 @@ KERNEL = "auto"  # backend of all linear layers, set by --kernel
 
 def new_parameters():
     """[*theta, *phi], weights [T, N, K] and biases [T, N], with T = 1: shared by all tasks."""
-    pairs = [*itertools.pairwise(GENERATOR_SIZES), *itertools.pairwise(DISCRIMINATOR_SIZES)]
-    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in pairs]
+    sizes = [*itertools.pairwise(GENERATOR_SIZES), *itertools.pairwise(DISCRIMINATOR_SIZES)]
+    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in sizes]
     return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
 
 def network(parameters, x, slope, dropout=0.0):
@@ -120,7 +120,7 @@ def discriminator(phi, x, dropout=0.0):
 def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
-# 2  The game, and a score that no player can cheat ------------------------------------
+# 2  The game, and a score that no player can cheat ---
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
@@ -142,7 +142,7 @@ def energy_distance(x, y):
         return distance(images, images).sum((1, 2)) / (n * (n - 1))
     return 2 * distance(x, y).mean((1, 2)) - within(x) - within(y)
 
-# 3  Inner loop: the players adapt to a task -------------------------------------------
+# 3  Inner loop: the players adapt to a task ---
 FAKES = 25  # generated images in an inner step
 
 def inner_step(theta, phi, rates, real, second_order=True):
@@ -174,10 +174,10 @@ def descend(parameters, rates, gradients):
     rates = rates.repeat_interleave(2)
     return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
 
-# 4  Outer loop: the initialisation learns ---------------------------------------------
+# 4  Outer loop: the initialisation learns ---
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
-    sources: list  # the batch [T, shots, 784] of every step on the source
+    batches: list  # [T, shots, 784] for every inner step: first of the source, if at all
     support: torch.Tensor  # [T, shots, 784]
     query: torch.Tensor  # [T, queries, 784], none of them in the support
 
@@ -193,12 +193,16 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
     """
     tasks, queries, _ = episode.query.shape
     starts, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi = starts[:8], starts[8:]
-    batches = itertools.chain(episode.sources, itertools.repeat(episode.support))
-    for step_rates, real in zip(rates, batches):
-        theta, phi = inner_step(theta, phi, step_rates, real, algorithm in ("maml", "both"))
-    fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
-    loss = energy_distance(fake, episode.query).mean()
+    theta, phi, loss = starts[:8], starts[8:], 0
+    steps = len(episode.batches)
+    # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
+    scored = {(steps + 1) // 2, steps}
+    second_order = algorithm in ("maml", "both")
+    for step, real in enumerate(episode.batches):
+        theta, phi = inner_step(theta, phi, rates[step], real, second_order)
+        if step + 1 in scored:
+            fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
+            loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
@@ -227,7 +231,7 @@ def adam(leaves, lr):
     """Adam with the short momentum that suits a game."""
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
-# 5  Tasks: pairs of domains, known or drawn -------------------------------------------
+# 5  Tasks: pairs of domains, known or drawn ---
 QUERIES = 64  # target images that score an adapted generator
 DRAWN = 0.7  # share of the targets that are drawn
 PEN, FILLED = 0.3, 0.57  # shares: by pen, of these; reaching the border, of the others
@@ -255,10 +259,11 @@ def sample_episode(domains, pairs, queries, args, change=None):
     batches = [sample_images(domains, sources, args.shots) for _ in range(args.source_steps)]
     images = sample_images(domains, targets, args.shots + queries)
     images = change(images) if change else images
-    return Episode(batches, images[:, :args.shots], images[:, args.shots:])
+    support, query = images[:, :args.shots], images[:, args.shots:]
+    return Episode(batches + [support] * args.inner_steps, support, query)
 
 def made_up(images):
-    """New domains of known ones [T, n, 784]: most are replaced by `level_sets`."""
+    """Known domains [T, n, 784], of which most are replaced by `level_sets`."""
     tasks, n, _ = images.shape
     drawn = level_sets(torch.rand(tasks) < PEN, n)
     return torch.where(torch.rand(tasks, 1, 1) < DRAWN, drawn, images)
@@ -266,19 +271,15 @@ def made_up(images):
 def level_sets(pen, n):
     """Images of something without a name: a smooth random field for a task, varied in each image.
 
-    Bright is where the field is positive or, with a pen, along its zero line. These domains never
-    return: they must be learned from the support, while known classes could be recognised.
-    pen: bool [T] -> [T, n, 784]
+    Bright is where the field is positive or, with a pen, along its zero line. No such domain ever
+    returns: it must be learned from the support.  # pen: bool [T] -> [T, n, 784]
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
-
     def uniform(low, high):  # [T, 1, 1, 1]
         return low + (high - low) * torch.rand(tasks, 1, 1, 1)
-
     def smooth(many, cells):  # [T, many, 28, 28]
         grid = torch.randn(tasks, many, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
-
     height = smooth(1, 6) + 0.5 * smooth(1, 4) + uniform(0.1, 0.5) * smooth(n, 5)
     line = torch.linspace(-1, 1, 28)
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)  # high in the middle
@@ -290,9 +291,8 @@ def level_sets(pen, n):
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training; `training`, in section 8, adds progress, saving and going on ------------
+# 6  Training; `training`, in section 8, adds progress, saving and going on ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
-MAX_RATE = 0.5  # inner learning rates are learned, up to here
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
@@ -326,12 +326,13 @@ def train_gan(stage, start, steps, domains, args):
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
 
-def meta_train(start, queries, domains, args):
+def meta_train(start, domains, args):
     """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D is the quicker one to diverge
     log_rates = rates.log().repeat(args.source_steps + args.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
+    queries = min(QUERIES, domains.fewest - args.shots)
     for step, numbers in training("meta-training", steps, leaves, optimizers, args):
         left = 1 - step / steps
         lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
@@ -342,23 +343,20 @@ def meta_train(start, queries, domains, args):
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
-        leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation; transfer, its baseline, is read from its state."""
+    """All trainings. Returns the initialisation; transfer, its baseline, stays in its state."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    queries = min(QUERIES, domains.fewest - args.shots)
-    seen = args.shots * (args.source_steps + 1) + queries  # by a task
-    steps = args.meta_steps * args.meta_batch * seen // GAN_BATCH  # as many images
-    train_gan("transfer", warm, steps, domains, args)
-    return meta_train(warm, queries, domains, args)
+    more = 2 * args.meta_batch * args.meta_steps  # steps of 64 images, where a task sees 25 + 64
+    train_gan("transfer", warm, more, domains, args)
+    return meta_train(warm, domains, args)
 
-# 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---------
+# 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
 GO_ON_LR = 2e-4  # Adam's rate after the learned steps
-BASELINE_LRS = (5e-4, 2e-3)  # Adam's without learned steps
+TRANSFER_LRS = 5e-4, 2e-3  # Adam's without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
@@ -372,31 +370,31 @@ def few_shot(start, lr, episode):
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
     theta, phi = shared[:8], shared[8:]
-    rates = start[16].detach().exp() if len(start) > 16 else []
-    batches = itertools.chain(episode.sources, itertools.repeat(episode.support))
+    learned = start[16].detach().exp() if len(start) > 16 else []
     yield theta
-    for step_rates, real in zip(rates, batches):  # rates first: wastes no batch
-        theta, phi = inner_step(theta, phi, step_rates, real, second_order=False)
+    for rates, real in zip(learned, episode.batches):
+        theta, phi = inner_step(theta, phi, rates, real, second_order=False)
         yield theta
     leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
     average = [p.detach().clone() for p in leaves[:8]]
     optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
-    for count, real in enumerate(batches, 1):
+    others = itertools.chain(episode.batches[len(learned):], itertools.repeat(episode.support))
+    for count, real in enumerate(others, 1):
         gan_step(leaves, optimizers, real, FAKES)
         with torch.no_grad():
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
         yield average
 
 def translate(theta, images):
-    """One noise in two domains: z for which the first G of theta [2, ...] draws images [1, n, 784],
-    and what the second G makes of this z. Returns the images, and both  # [3, n, 784]"""
-    first, second = [p[:1] for p in theta], [p[1:] for p in theta]
+    """One noise in two domains: z for which the first G of theta [2, ...] draws images [1, n, 784].
+    Returns the images and what both draw from z  # [3, n, 784]"""
     z = noise(1, images.shape[1]).requires_grad_()
     optimizer = torch.optim.Adam([z], 0.05)
     for _ in range(300):
-        z.grad, = grad((generator(first, z) - images).square().sum(), z)
+        drawn = generator(theta, z.expand(2, -1, -1))  # [2, n, 784]
+        z.grad, = grad((drawn[:1] - images).square().sum(), z)
         optimizer.step()
-    return torch.cat([images, generator(first, z), generator(second, z)]).detach()
+    return torch.cat([images, generator(theta, z.expand(2, -1, -1)).detach()])
 
 def without_a_gan(episode, n):
     """What a sceptic tries first with the support: {name: [T, n, 784]}"""
@@ -439,7 +437,7 @@ def frechet_distance(a, b):
     return distance.clamp(min=0).item()
 
 def judge_samples(x, support, query, target, judge):
-    """The METRICS of one task's samples x [n, 784]. Half of the query [2 n, 784] are real images to
+    """The METRICS of samples x [n, 784] of a task. Half of the query [2 n, 784] are real images to
     compare with, half are the reference. target: a class index."""
     fresh, reference = query.chunk(2)
     features, mine = judge[0](x), torch.cdist(x, support).amin(1).mean()
@@ -449,8 +447,8 @@ def judge_samples(x, support, query, target, judge):
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
-    """Test {method: (start, Adam's rate)} on held-out pairs, all on the same images. Returns rows,
-    a dict for every method, draw, number of steps and pair."""
+    """Test {method: (start, Adam's rate)} on the same images of the held-out pairs. Returns rows, a
+    dict for every method, draw, number of steps and pair."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     done, rows = load(path) if path.exists() else (0, [])
@@ -509,9 +507,7 @@ def picture(images, columns, zoom):
 def filmstrip(rows, args):
     """Every held-out target, step by step. Takes the images out of the rows."""
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
-    shown = "MT-GAN", f"transfer, Adam {BASELINE_LRS[0]:g}"
-    strips = [pair for pair in dict.fromkeys((row["target"], row["method"]) for row in rows)
-              if pair[1] in shown]
+    strips = sorted({(row["target"], row["method"]) for row in rows if row["steps"]})
     side, above = 184, 44
     canvas = Image.new("L", (side * (1 + len(args.test_steps)), (side + above) * len(strips)), 255)
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
@@ -524,15 +520,15 @@ def filmstrip(rows, args):
             canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
     return canvas
 
-# 8  Data and files --------------------------------------------------------------------
+# 8  Data and files ---
 HELD_OUT = 3  # classes of a data set that training never sees
 SAVE_SECONDS = 30  # between saved states
 FREE = "source", "target", "data_dir", "out", "device"  # what a continued run may change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()  # by which its own pictures are known, and left out
 SIGNATURE.add_text("Software", "mtgan.py")
-SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder of pictures, a "
-         "class in each sub-folder; mnist:0-6,9 is some classes")
+SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder, a class in "
+         "each sub-folder; mnist:0-6,9 is some classes")
 
 def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
@@ -550,12 +546,12 @@ def load_domains(args):
             require(len(content) >= args.shots + 4,  # a test takes 2 and 2 others
                     f"'{name}' has too few images for --shots {args.shots}")
             require(torch.equal(images.setdefault(name, content), content),
-                    f"two different classes are called '{name}': rename a folder")
+                    f"two classes are called '{name}': rename a folder")
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = list({pair[1]: pair for pair in pairs if held_out >= set(pair)}.values())
     require(test and (train or args.test),
-            "too few classes: --test takes 2; to train, a third of each data set is held out")
+            "too few classes: 2 to test, and to train, a third of each data set is held out")
     fewest = min(len(content) for content in images.values())
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
@@ -566,7 +562,9 @@ def load_dataset(spec, data_dir):
     if name in TORCHVISION:
         title, classes = name, load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
-        title, classes = name, draw_built_in(name)
+        torch.manual_seed(len(name))
+        images = level_sets(torch.full((10,), name == "strokes"), 400)  # ten domains
+        title, classes = name, {str(i): ((x + 1) * 127.5).byte() for i, x in enumerate(images)}
     else:
         require(os.path.isdir(name), f"unknown domain '{spec}'. {SPECS}")
         title, classes = Path(name).resolve().name, load_folder(name)
@@ -586,28 +584,19 @@ def load_torchvision(name, data_dir):
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). The "
-                        "built-in strokes and shapes need none, but prove nothing") from None
+        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). "
+                        "strokes and shapes need none, and prove nothing") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
     return {label: images[labels == number] for number, label in enumerate(names)}
 
-def draw_built_in(name):
-    """Ten domains drawn with a pen, 'strokes', or without, 'shapes': {class: uint8 [400, 784]}"""
-    torch.manual_seed(len(name))
-    pen = torch.full((10,), name == "strokes")
-    images = (level_sets(pen, 400) + 1) * 127.5
-    return {str(number): own.byte() for number, own in enumerate(images)}
-
 def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
-    What a system makes for itself is passed over; what else is left out is named by kind."""
+    What a system makes for itself is passed over; what else is left out is named."""
     classes, left_out = {}, Counter()
-
     def natural(path):  # 2 comes before 10
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-
     for path in sorted(Path(folder).rglob("*"), key=natural):
         parts = path.relative_to(folder).parts
         if any(part.startswith((".", "__", "@", "$")) for part in parts):
@@ -624,8 +613,8 @@ def load_folder(folder):
         except Exception:  # whatever Pillow raises
             left_out[f"unreadable {path.suffix or 'folder or file'}"] += 1
     if left_out:
-        say(f"{folder}: left out {', '.join(f'{n} {kind}' for kind, n in left_out.items())}",
-            sys.stderr)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items())
+        say(f"{folder}: left out {kinds}", sys.stderr)
     require(classes, f"no readable picture in '{folder}'")
     return {label: torch.tensor(np.stack(images)) for label, images in classes.items()}
 
@@ -657,8 +646,8 @@ def reseed(*key):
 
 def training(stage, steps, tensors, optimizers, args):
     """The loop of all trainings: yields (step, numbers); numbers takes what a step has to say, and
-    whether its update was "finite". Only tensors and optimizers may change, in place: they are
-    saved, and after `kill -9` the same bits follow."""
+    whether it was "finite". Tensors and optimizers are saved: after `kill -9` the same bits follow.
+    """
     path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
@@ -683,7 +672,7 @@ def load_start(path):
     """What a run has saved in mtgan.pt, with the start in full precision."""
     path = Path(path)
     path = path / "mtgan.pt" if path.is_dir() else path
-    saved = load(path, "start", "source_steps", "domains")
+    saved = load(path, "start", "domains")
     shapes = [getattr(p, "shape", None) for p in saved["start"][:-1]]
     ours = [p.shape for p in new_parameters()]
     require(shapes == ours, f"{path} is a start of other networks")
@@ -701,7 +690,7 @@ def load(path, *keys):
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
-    """Under another name first: whoever looks finds a whole file, the old or the new."""
+    """Under another name first: there is always a whole file, old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".json":
@@ -725,13 +714,12 @@ def claim(out, mark=""):
         raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
-    """Two reports must share settings and images."""
-    for name, value in new["settings"].items():
-        before = old["settings"].get(name)
-        require(name in (*FREE, *free) or before == value,
-                f"{folder} has {name} {before}, not {value}")
+    """Two reports must share images and settings; free: those that may differ."""
+    for name in sorted(new["settings"].keys() - {*FREE, *free}):
+        before, value = (report["settings"].get(name) for report in (old, new))
+        require(before == value, f"{folder} has {name} {before}, not {value}")
 
-# 9  Command line ----------------------------------------------------------------------
+# 9  Command line ---
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
 GENERAL = {"target", "data_dir", "out", "seed", "device", "kernel", "shots"}
@@ -747,7 +735,7 @@ def say(line, file=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 def parse(argv):
-    """The command line as Settings. Raises UserError for what is wrong, missing or ignored."""
+    """The command line as Settings; UserError for what is wrong, missing or ignored."""
     parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", epilog=SPECS,
                                      argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)
@@ -758,9 +746,9 @@ def parse(argv):
     mode = next((mode for mode in MODES if mode in given), "train")
     used = MODES.get(mode, options.keys() - {"steps", "samples"})
     for name, value in given.items():
-        flag, least = "--" + name.replace("_", "-"), 0 if name in MAY_BE_0 else 1e-9
+        flag, number = "--" + name.replace("_", "-"), isinstance(value, (int, float))
         require(name in used, f"{flag} is of no use here")
-        require(not isinstance(value, (int, float)) or value >= least, f"{flag} is too small")
+        require(not number or value > 0 or name in MAY_BE_0, f"{flag} is too small")
     args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
@@ -779,7 +767,7 @@ def run(args):
     crc = zlib.crc32(repr((domains.train, domains.test)).encode())
     crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
     if args.test is not None:
-        args.source_steps = load_start(args.test)["source_steps"]
+        args.inner_steps = len(load_start(args.test)["start"][-1])
     report = {"settings": {**asdict(args), "image checksum": crc}, "domains": domains.title}
     report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
@@ -790,18 +778,13 @@ def run(args):
         if args.test is None:
             start = train_all(domains, args)
             half = [p.detach().half() for p in start]  # tested as it is saved
-            save(out / "mtgan.pt", {"start": half, "source_steps": args.source_steps,
-                                    "domains": domains.title})
-        judge, trained = train_judge(domains, args), args.test or out
-        transfer = Path(trained, "state", "transfer.pt")
-        reseed(args.seed, "scratch")
-        baselines = {"scratch": new_parameters()}
+            save(out / "mtgan.pt", {"start": half, "domains": domains.title})
+        starts = {"MT-GAN": (load_start(args.test or out)["start"], GO_ON_LR)}
+        transfer = Path(args.test or out, "state", "transfer.pt")
         if transfer.exists():
-            baselines["transfer"] = load(transfer)[2]
-        starts = {"MT-GAN": (load_start(trained)["start"], GO_ON_LR)}
-        for name, lr in itertools.product(baselines, BASELINE_LRS):
-            starts[f"{name}, Adam {lr:g}"] = baselines[name], lr
-        rows = meta_test(starts, judge, domains, args)
+            leaves = load(transfer)[2]
+            starts |= {f"transfer, Adam {lr:g}": (leaves, lr) for lr in TRANSFER_LRS}
+        rows = meta_test(starts, train_judge(domains, args), domains, args)
         save(out / "adaptation.png", filmstrip(rows, args))
         save(path, {**report, "rows": rows})
     print_tables([out])
@@ -820,22 +803,22 @@ def deploy(args):
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
     support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
-    sources = [support[:1].expand_as(support)] * saved["source_steps"]
-    thetas = few_shot(saved["start"], GO_ON_LR, Episode(sources, support, None))
-    theta = next(itertools.islice(thetas, len(sources) + args.steps, None))
+    episode = Episode([support] * len(saved["start"][-1]), support, None)
+    thetas = few_shot(saved["start"], GO_ON_LR, episode)
+    theta = next(itertools.islice(thetas, args.steps, None))
     samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
-        save(out / "samples.png", picture(samples, math.ceil(len(samples) ** 0.5), 3))
+        save(out / "samples.png", picture(samples, 8, 3))
         if args.source:
             rows = translate(theta, support[:1]).flatten(0, 1)  # [3 shots, 784]
             save(out / "translation.png", picture(rows, shots, 3))
-    say(f"{out}: {len(samples)} samples of {title}, from a start trained on {saved['domains']}")
+    say(f"{out}: {len(samples)} samples of {title}, by a start trained on {saved['domains']}")
 
 def main(argv=None):
-    """Run the command line. Returns the exit code, 2 for what a user can put right."""
+    """Returns the exit code, 2 for what a user can put right."""
     global KERNEL
     for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
         stream.reconfigure(errors="replace")  # for a console that lacks a letter
