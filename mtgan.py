@@ -1,11 +1,11 @@
-"""MT-GAN: a Meta-Transfer Generative Adversarial Network, to be read from the top.
+"""MT-GAN: a Meta-Transfer Generative Adversarial Network.
 
 A GAN trained from scratch needs many images and steps. MT-GAN meta-trains the initialisation of a
 generator G and a discriminator D, so that on a new domain a few images and steps are enough.
 
-    python mtgan.py --adapt --target my_images/         # draw more of them, by a trained start
-    python mtgan.py --source mnist --target fashion     # meta-train one, test it
-    python mtgan.py --test --target my_classes/         # test it on your own classes
+    python mtgan.py --adapt --target my_images/         # draw more of them
+    python mtgan.py --source mnist --target fashion     # train and test one
+    python mtgan.py --test --target my_classes/         # test it on them
 
 A *domain* is a class of images, as 'mnist 7'. A *task* is a pair of domains, a source and a target:
 generate the target, of which only a few *shots* are given, the *support*. In an *episode*, copies
@@ -15,7 +15,7 @@ changes the initialisation. *MAML* follows the gradient of that score through al
 *Reptile* goes where they have led, without any derivative. By default both are added, Reptile less
 and less. Most targets are made up (section 5): the few real ones would be learned by heart.
 
-Three equations (theta: G, phi: D, z: noise, R: real images, a: learning rates, learned as well):
+Three equations (theta: G, phi: D, z: noise, R: real images, a: learned rates):
 
     (1) the game      L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))
                       L_G = mean softplus(-D(G(z)))
@@ -44,7 +44,7 @@ from torch.autograd import grad
 from kernels import Muon, fused_linear, keep_memory, why_not_triton
 
 def option(default, text, **how):
-    """A setting that is an option; how: what argparse shall know of it."""
+    """A setting that is an option; how: for argparse."""
     if type(default) in (int, float):
         how, text = {"type": type(default), "metavar": "N"}, f"{text} ({default})"
     return field(default=default, metadata={"help": text, **how})
@@ -54,7 +54,7 @@ START = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
 
 @dataclass
 class Settings:
-    """All that decides a run, `args` from here on; report.json records it."""
+    """All that decides a run, `args` from here on."""
     source: tuple = option(("mnist",), "source domains (mnist)", nargs="+", metavar="SPEC")
     target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
     data_dir: str = option("data", "where data sets are, or go to (data)", metavar="DIR")
@@ -70,9 +70,9 @@ class Settings:
     inner_steps: int = option(10, "inner steps on the support")
     inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
-    meta_steps: int = option(1250, "episodes")
+    meta_steps: int = option(1000, "episodes")
     meta_batch: int = option(2, "tasks of an episode")
-    meta_lr: float = option(1e-3, "outer learning rate")
+    meta_lr: float = option(5e-4, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     test: str = option(None, "test on all classes of --target (the start in assets)", **START)
@@ -148,9 +148,8 @@ FAKES = 25  # generated images in an inner step
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
-    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, others in every step
-    (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph, to differentiate a score
-    through all steps.
+    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, in every step others
+    (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph of this step.
 
     The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
     and theta from a step against an earlier phi. grad would follow that path, but must hold theta
@@ -232,7 +231,7 @@ def adam(leaves, lr):
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
 # 5  Tasks: pairs of domains, known or drawn ---
-QUERIES = 64  # target images that score an adapted generator
+QUERIES = 64  # target images that score a generator
 DRAWN = 0.7  # share of the targets that are drawn
 PEN, FILLED = 0.3, 0.57  # shares: by pen, of these; reaching the border, of the others
 
@@ -269,7 +268,7 @@ def made_up(images):
     return torch.where(torch.rand(tasks, 1, 1) < DRAWN, drawn, images)
 
 def level_sets(pen, n):
-    """Images of something without a name: a smooth random field for a task, varied in each image.
+    """Images of nameless things: a smooth random field for a task, varied in each image.
 
     Bright is where the field is positive or, with a pen, along its zero line. No such domain ever
     returns: it must be learned from the support.  # pen: bool [T] -> [T, n, 784]
@@ -293,6 +292,7 @@ def level_sets(pen, n):
 
 # 6  Training; `training`, in section 8, adds progress, saving and going on ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
+MAX_RATE = 0.5  # of an inner step; without it one grew to 25
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
@@ -316,7 +316,7 @@ def gan_step(leaves, optimizers, real, fakes):
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
 def train_gan(stage, start, steps, domains, args):
-    """Ordinary GAN training on four `made_up` domains in each step. Returns the parameters."""
+    """Ordinary GAN training, on four `made_up` domains a step. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     for _, numbers in training(stage, steps, leaves, optimizers, args):
@@ -328,7 +328,7 @@ def train_gan(stage, start, steps, domains, args):
 
 def meta_train(start, domains, args):
     """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
-    rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D is the quicker one to diverge
+    rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D diverges sooner
     log_rates = rates.log().repeat(args.source_steps + args.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
@@ -343,14 +343,15 @@ def meta_train(start, domains, args):
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
+        leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation; transfer, its baseline, stays in its state."""
+    """All trainings. Returns the initialisation; transfer, its baseline, is in state/."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    more = 2 * args.meta_batch * args.meta_steps  # steps of 64 images, where a task sees 25 + 64
+    more = 2 * args.meta_batch * args.meta_steps  # of 64; a task sees 89
     train_gan("transfer", warm, more, domains, args)
     return meta_train(warm, domains, args)
 
@@ -465,11 +466,10 @@ def meta_test(starts, judge, domains, args):
                        for steps, theta in zip(count, few_shot(*starts[method], episode))
                        if steps in args.test_steps]
         for name, steps, x in samples:
-            for i, (source, target) in enumerate(domains.test):
+            for i, (_, target) in enumerate(domains.test):
                 task = x[i], episode.support[i], episode.query[i], names.index(target)
-                rows.append({"method": name, "seed": seed, "steps": steps, "source": source,
-                             "target": target, "images": x[i, :9].clone(),
-                             **judge_samples(*task, judge)})
+                rows.append({"method": name, "seed": seed, "steps": steps, "target": target,
+                             "images": x[i, :9].clone(), **judge_samples(*task, judge)})
         save(path, (done, rows))
     return rows
 
@@ -492,7 +492,7 @@ def print_tables(folders):
             say(f"{method:24}" + "".join(f"{each:>14}" for each in shown))
 
 def interval(values):
-    """'mean ± half the 95 % interval', by Student's t, approximated, good from 4 values on."""
+    """'mean ± half the 95 % interval', by Student's t, approximated, good from n = 4 on."""
     mean, free = np.mean(values), len(values) - 1 or math.nan
     half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
     return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
@@ -505,7 +505,7 @@ def picture(images, columns, zoom):
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
 def filmstrip(rows, args):
-    """Every held-out target, step by step. Takes the images out of the rows."""
+    """Every target, step by step. Takes the images out of the rows."""
     film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
     strips = sorted({(row["target"], row["method"]) for row in rows if row["steps"]})
     side, above = 184, 44
@@ -522,10 +522,10 @@ def filmstrip(rows, args):
 
 # 8  Data and files ---
 HELD_OUT = 3  # classes of a data set that training never sees
-SAVE_SECONDS = 30  # between saved states
-FREE = "source", "target", "data_dir", "out", "device"  # what a continued run may change
+SAVE_SECONDS = 30  # between states
+FREE = "source", "target", "data_dir", "out", "device"  # may change
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-SIGNATURE = PngImagePlugin.PngInfo()  # by which its own pictures are known, and left out
+SIGNATURE = PngImagePlugin.PngInfo()  # to know its own pictures by
 SIGNATURE.add_text("Software", "mtgan.py")
 SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder, a class in "
          "each sub-folder; mnist:0-6,9 is some classes")
@@ -546,7 +546,7 @@ def load_domains(args):
             require(len(content) >= args.shots + 4,  # a test takes 2 and 2 others
                     f"'{name}' has too few images for --shots {args.shots}")
             require(torch.equal(images.setdefault(name, content), content),
-                    f"two classes are called '{name}': rename a folder")
+                    f"two classes are called '{name}'")
     pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
     train = [pair for pair in pairs if not held_out & set(pair)]
     test = list({pair[1]: pair for pair in pairs if held_out >= set(pair)}.values())
@@ -563,7 +563,7 @@ def load_dataset(spec, data_dir):
         title, classes = name, load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
         torch.manual_seed(len(name))
-        images = level_sets(torch.full((10,), name == "strokes"), 400)  # ten domains
+        images = level_sets(torch.full((10,), name == "strokes"), 400)
         title, classes = name, {str(i): ((x + 1) * 127.5).byte() for i, x in enumerate(images)}
     else:
         require(os.path.isdir(name), f"unknown domain '{spec}'. {SPECS}")
@@ -640,7 +640,7 @@ def read_image(path):
     return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
 
 def reseed(*key):
-    """All that is random from here on follows from these; no state of it is saved."""
+    """All that is random from here on follows from these."""
     random.seed(repr(key))
     torch.manual_seed(random.getrandbits(32))
 
@@ -669,9 +669,8 @@ def training(stage, steps, tensors, optimizers, args):
             saved = now
 
 def load_start(path):
-    """What a run has saved in mtgan.pt, with the start in full precision."""
-    path = Path(path)
-    path = path / "mtgan.pt" if path.is_dir() else path
+    """What a run has saved in mtgan.pt."""
+    path = Path(path, "mtgan.pt") if Path(path).is_dir() else Path(path)
     saved = load(path, "start", "domains")
     shapes = [getattr(p, "shape", None) for p in saved["start"][:-1]]
     ours = [p.shape for p in new_parameters()]
@@ -686,7 +685,7 @@ def load(path, *keys):
         else:
             content = torch.load(path, torch.get_default_device(), weights_only=True)
         return content if not keys else {key: content[key] for key in keys}
-    except Exception as error:  # whatever a foreign file raises
+    except Exception as error:  # of a foreign file
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
@@ -739,7 +738,7 @@ def parse(argv):
     parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", epilog=SPECS,
                                      argument_default=argparse.SUPPRESS)
     parser.error = partial(require, False)
-    options = {setting.name: setting.metadata for setting in fields(Settings) if setting.metadata}
+    options = {each.name: each.metadata for each in fields(Settings) if each.metadata}
     for name, how in options.items():
         parser.add_argument("--" + name.replace("_", "-"), **how)
     given = vars(parser.parse_args(argv))
