@@ -356,7 +356,7 @@ def train_all(domains, args):
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
-GO_ON_LR = 2e-4  # Adam's rate after the learned steps
+GO_ON_LR = 1e-4  # Adam's rate after the learned steps
 TRANSFER_LRS = 5e-4, 2e-3  # Adam's without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
