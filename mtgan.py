@@ -7,13 +7,13 @@ generator G and a discriminator D, so that on a new domain a few images and step
     python mtgan.py --source mnist --target fashion     # train and test one
     python mtgan.py --test --target my_classes/         # test it on them
 
-A *domain* is a class of images, as 'mnist 7'. A *task* is a pair of domains, a source and a target:
-generate the target, of which only a few *shots* are given, the *support*. In an *episode*, copies
-of the initialisation take k *inner* steps of the GAN's game on the support of some tasks; a score
-tells how far images of the adapted G are from other real ones, the *query*; then one *outer* step
-changes the initialisation. *MAML* follows the gradient of that score through all inner steps.
-*Reptile* goes where they have led, without any derivative. By default both are added, Reptile less
-and less. Most targets are made up (section 5): the few real ones would be learned by heart.
+A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain of which only a few
+*shots* are given, its *support*. An *episode* has a pair of domains, a source and a target: copies
+of the initialisation take k *inner* steps of the GAN's game on the support of either; a score tells
+how far images of the adapted G are from other real ones, the *query*; then one *outer* step changes
+the initialisation. *MAML* follows the gradient of that score through all inner steps. *Reptile*
+goes where they have led, without any derivative. By default both are added, Reptile less and less.
+Most domains are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: learned rates):
 
@@ -66,12 +66,11 @@ class Settings:
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
     shots: int = option(25, "support images of a task (--adapt: at most)")
-    source_steps: int = option(0, "inner steps on the source, before the others")
     inner_steps: int = option(10, "inner steps on the support")
     inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
     meta_steps: int = option(1000, "episodes")
-    meta_batch: int = option(2, "tasks of an episode")
+    meta_batch: int = option(1, "pairs of an episode, two tasks each")
     meta_lr: float = option(5e-4, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
@@ -176,7 +175,6 @@ def descend(parameters, rates, gradients):
 # 4  Outer loop: the initialisation learns ---
 class Episode(NamedTuple):
     """The images of T tasks, in [-1, 1]."""
-    batches: list  # [T, shots, 784] for every inner step: first of the source, if at all
     support: torch.Tensor  # [T, shots, 784]
     query: torch.Tensor  # [T, queries, 784], none of them in the support
 
@@ -192,14 +190,13 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
     """
     tasks, queries, _ = episode.query.shape
     starts, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi, loss = starts[:8], starts[8:], 0
-    steps = len(episode.batches)
+    theta, phi, loss, steps = starts[:8], starts[8:], 0, len(rates)
     # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
     scored = {(steps + 1) // 2, steps}
     second_order = algorithm in ("maml", "both")
-    for step, real in enumerate(episode.batches):
-        theta, phi = inner_step(theta, phi, rates[step], real, second_order)
-        if step + 1 in scored:
+    for step in range(1, steps + 1):
+        theta, phi = inner_step(theta, phi, rates[step - 1], episode.support, second_order)
+        if step in scored:
             fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
             loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
@@ -236,10 +233,10 @@ DRAWN = 0.7  # share of the targets that are drawn
 PEN, FILLED = 0.3, 0.57  # shares: by pen, of these; reaching the border, of the others
 
 class Domains(NamedTuple):
-    """All images of a run, and the pairs (source class, target class) of them."""
+    """All images of a run, and its pairs (source class, target class)."""
     images: dict  # 'mnist 7' -> uint8 [n, 784], bright on dark
     train: list  # pairs to meta-train on
-    test: list  # a pair for every held-out target
+    test: list  # held-out targets
     fewest: int  # images of the smallest class
     title: str  # 'mnist and fashion'
 
@@ -252,14 +249,15 @@ def sample_images(domains, classes, n):
     """n images of each of the classes  # [T, n, 784]"""
     return torch.stack([some(domains.images[name], n) for name in classes])
 
-def sample_episode(domains, pairs, queries, args, change=None):
-    """The `Episode` of tasks given as pairs; change: a function of the targets' images."""
-    sources, targets = zip(*pairs)
-    batches = [sample_images(domains, sources, args.shots) for _ in range(args.source_steps)]
-    images = sample_images(domains, targets, args.shots + queries)
+def sample_pairs(domains, n):
+    """n random pairs: a list of 2 n classes, source and target in turn."""
+    return [name for pair in random.choices(domains.train, k=n) for name in pair]
+
+def sample_episode(domains, classes, queries, args, change=None):
+    """The `Episode` of a task for each of the classes; change: a function of their images."""
+    images = sample_images(domains, classes, args.shots + queries)
     images = change(images) if change else images
-    support, query = images[:, :args.shots], images[:, args.shots:]
-    return Episode(batches + [support] * args.inner_steps, support, query)
+    return Episode(images[:, :args.shots], images[:, args.shots:])
 
 def made_up(images):
     """Known domains [T, n, 784], of which most are replaced by `level_sets`."""
@@ -320,8 +318,7 @@ def train_gan(stage, start, steps, domains, args):
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     for _, numbers in training(stage, steps, leaves, optimizers, args):
-        known = [name for pair in random.choices(domains.train, k=2) for name in pair]
-        real = made_up(sample_images(domains, known, GAN_BATCH // 4))
+        real = made_up(sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
@@ -329,7 +326,7 @@ def train_gan(stage, start, steps, domains, args):
 def meta_train(start, domains, args):
     """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D diverges sooner
-    log_rates = rates.log().repeat(args.source_steps + args.inner_steps, 1, 4)
+    log_rates = rates.log().repeat(args.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
     queries = min(QUERIES, domains.fewest - args.shots)
@@ -338,8 +335,8 @@ def meta_train(start, domains, args):
         lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
         for optimizer, factor in zip(optimizers, (1, 1, 12.5)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
-        pairs = random.choices(domains.train, k=args.meta_batch)
-        episode = sample_episode(domains, pairs, queries, args, made_up)
+        classes = sample_pairs(domains, args.meta_batch)
+        episode = sample_episode(domains, classes, queries, args, made_up)
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
@@ -351,7 +348,7 @@ def train_all(domains, args):
     """All trainings. Returns the initialisation; transfer, its baseline, is in state/."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    more = 2 * args.meta_batch * args.meta_steps  # of 64; a task sees 89
+    more = 4 * args.meta_batch * args.meta_steps  # of 64 images; a pair's two tasks see 178
     train_gan("transfer", warm, more, domains, args)
     return meta_train(warm, domains, args)
 
@@ -362,26 +359,25 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
 
-def few_shot(start, lr, episode):
-    """Adapt a GAN to an episode's support. Yields theta before and after every step, without end.
+def few_shot(start, lr, support):
+    """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
 
     start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
     [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more:
     the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
     """
-    shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(episode.support))
+    shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
     yield theta
-    for rates, real in zip(learned, episode.batches):
-        theta, phi = inner_step(theta, phi, rates, real, second_order=False)
+    for rates in learned:
+        theta, phi = inner_step(theta, phi, rates, support, second_order=False)
         yield theta
     leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
     average = [p.detach().clone() for p in leaves[:8]]
     optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
-    others = itertools.chain(episode.batches[len(learned):], itertools.repeat(episode.support))
-    for count, real in enumerate(others, 1):
-        gan_step(leaves, optimizers, real, FAKES)
+    for count in itertools.count(1):
+        gan_step(leaves, optimizers, support, FAKES)
         with torch.no_grad():
             torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
         yield average
@@ -448,8 +444,8 @@ def judge_samples(x, support, query, target, judge):
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
-    """Test {method: (start, Adam's rate)} on the same images of the held-out pairs. Returns rows, a
-    dict for every method, draw, number of steps and pair."""
+    """Test {method: (start, Adam's rate)} on the same images of the held-out targets. Returns rows,
+    a dict for every method, draw, number of steps and target."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     done, rows = load(path) if path.exists() else (0, [])
@@ -461,12 +457,12 @@ def meta_test(starts, judge, domains, args):
         if method == "no GAN":
             samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:
-            count = range(-args.source_steps, args.test_steps[-1] + 1)
+            thetas = enumerate(few_shot(*starts[method], episode.support))
             samples = [(method, steps, generator(theta, noise(len(domains.test), n)).detach())
-                       for steps, theta in zip(count, few_shot(*starts[method], episode))
+                       for steps, theta in itertools.islice(thetas, args.test_steps[-1] + 1)
                        if steps in args.test_steps]
         for name, steps, x in samples:
-            for i, (_, target) in enumerate(domains.test):
+            for i, target in enumerate(domains.test):
                 task = x[i], episode.support[i], episode.query[i], names.index(target)
                 rows.append({"method": name, "seed": seed, "steps": steps, "target": target,
                              "images": x[i, :9].clone(), **judge_samples(*task, judge)})
@@ -533,8 +529,7 @@ SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a fol
 def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
-    specs = [(spec, sides[0]) for spec in args.source or args.target]
-    specs += [(spec, sides[1]) for spec in args.target]
+    specs = [(spec, sides[0]) for spec in args.source] + [(spec, sides[1]) for spec in args.target]
     for spec, side in specs:
         title, classes = load_dataset(spec, args.data_dir)
         names = [f"{title} {label}" for label in classes]
@@ -547,10 +542,10 @@ def load_domains(args):
                     f"'{name}' has too few images for --shots {args.shots}")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two classes are called '{name}'")
-    pairs = [(s, t) for s, t in dict.fromkeys(itertools.product(*sides)) if s != t]
-    train = [pair for pair in pairs if not held_out & set(pair)]
-    test = list({pair[1]: pair for pair in pairs if held_out >= set(pair)}.values())
-    require(test and (train or args.test),
+    sources, targets = ([name for name in side if name not in held_out] for side in sides)
+    train = [(s, t) for s, t in dict.fromkeys(itertools.product(sources, targets)) if s != t]
+    test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
+    require(len(images) > 1 and (train or args.test),
             "too few classes: 2 to test, and to train, a third of each data set is held out")
     fewest = min(len(content) for content in images.values())
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
@@ -724,7 +719,7 @@ DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
 GENERAL = {"target", "data_dir", "out", "seed", "device", "kernel", "shots"}
 MODES = {"tables": {"tables"}, "test": {"test", "test_seeds", "dry_run", *GENERAL},
          "adapt": {"adapt", "source", "steps", "samples", *GENERAL}}
-MAY_BE_0 = "seed", "source_steps", "warm_steps"
+MAY_BE_0 = "seed", "warm_steps"
 
 def say(line, file=None):
     """Print. A reader who has left ends no run."""
@@ -763,22 +758,26 @@ def parse(argv):
 def run(args):
     """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
     began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
+    title, start = domains.title, None
     crc = zlib.crc32(repr((domains.train, domains.test)).encode())
     crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
     if args.test is not None:
-        args.inner_steps = len(load_start(args.test)["start"][-1])
-    report = {"settings": {**asdict(args), "image checksum": crc}, "domains": domains.title}
+        saved = load_start(args.test)
+        start, title = saved["start"], f"{title}; the start was trained on {saved['domains']}"
+        args.inner_steps = len(start[-1])
+        crc = zlib.crc32(torch.cat([p.flatten() for p in start]).cpu().numpy(), crc)
+    report = {"settings": {**asdict(args), "checksum": crc}, "domains": title}
     report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
         else:
             save(path, report)
-        if args.test is None:
-            start = train_all(domains, args)
-            half = [p.detach().half() for p in start]  # tested as it is saved
-            save(out / "mtgan.pt", {"start": half, "domains": domains.title})
-        starts = {"MT-GAN": (load_start(args.test or out)["start"], GO_ON_LR)}
+        if start is None:
+            half = [p.detach().half() for p in train_all(domains, args)]
+            save(out / "mtgan.pt", {"start": half, "domains": title})
+            start = [p.float() for p in half]  # tested as it is saved
+        starts = {"MT-GAN": (start, GO_ON_LR)}
         transfer = Path(args.test or out, "state", "transfer.pt")
         if transfer.exists():
             leaves = load(transfer)[2]
@@ -802,8 +801,7 @@ def deploy(args):
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
     support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
-    episode = Episode([support] * len(saved["start"][-1]), support, None)
-    thetas = few_shot(saved["start"], GO_ON_LR, episode)
+    thetas = few_shot(saved["start"], GO_ON_LR, support)
     theta = next(itertools.islice(thetas, args.steps, None))
     samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
     require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")

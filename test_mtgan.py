@@ -33,10 +33,9 @@ def mlp(parameters, x, slope):      # a network of one task in plain PyTorch
 
 def loop_tasks(leaves, episode, second_order=True):
     """Task after task of an episode: yields its loss and its adapted parameters."""
-    batches, _, query = episode
-    scored = {(len(batches) + 1) // 2, len(batches)}
-    noises = []
-    for step in range(1, len(batches) + 1):
+    (support, query), steps, noises = episode, len(leaves[-1]), []
+    scored = {(steps + 1) // 2, steps}
+    for step in range(1, steps + 1):
         noises.append(mtgan.noise(len(query), mtgan.FAKES))
         noises += [mtgan.noise(len(query), query.shape[1])] if step in scored else []
     def descend(parameters, rates, loss_of):
@@ -48,11 +47,11 @@ def loop_tasks(leaves, episode, second_order=True):
         theta, phi, losses = parameters[:8], parameters[8:], []
         rates = leaves[-1].exp().repeat_interleave(2, 2)    # [steps, 2, 8]
         own = iter([noise[t] for noise in noises])
-        for step, real in enumerate(batches, 1):
+        for step in range(1, steps + 1):
             z, (rates_g, rates_d) = next(own), rates[step - 1]
             fake = mlp(theta, z, 0).tanh()
             phi = descend(phi, rates_d, lambda phi: mtgan.loss_d(
-                mlp(phi, real[t], 0.2)[:, 0], mlp(phi, fake, 0.2)[:, 0]))
+                mlp(phi, support[t], 0.2)[:, 0], mlp(phi, fake, 0.2)[:, 0]))
             theta = descend(theta, rates_g, lambda theta: mtgan.loss_g(
                 mlp(phi, mlp(theta, z, 0).tanh(), 0.2)[:, 0]))
             if step in scored:
@@ -70,19 +69,18 @@ def loop_gradient(leaves, episode, algorithm):      # what `mtgan.meta_gradient`
 # Gradients ----------------------------------------------------------------------------------------
 @pytest.fixture
 def small(monkeypatch, request):
-    """Networks of a few units in float64, and an episode: 2 tasks, source and inner steps."""
-    source_steps, inner_steps = getattr(request, "param", (1, 3))
+    """Networks of a few units in float64, and an episode of two tasks."""
+    steps = getattr(request, "param", 4)
     for name, value in {"NOISE": 3, "FAKES": 4, "GENERATOR_SIZES": (3, 10, 9, 8, 7),
                         "DISCRIMINATOR_SIZES": (7, 9, 8, 10, 1)}.items():
         monkeypatch.setattr(mtgan, name, value)
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(3)
     start = mtgan.new_parameters()
-    rates = torch.log(0.2 + 0.3 * torch.rand(source_steps + inner_steps, 2, 4))
+    rates = torch.log(0.2 + 0.3 * torch.rand(steps, 2, 4))
     leaves = [(1.5 * p).requires_grad_() for p in start] + [rates.requires_grad_()]
-    source, support, query = [torch.rand(2, n, 7) * 2 - 1 for n in (5, 5, 6)]
-    batches = [source] * source_steps + [support] * inner_steps
-    yield leaves, mtgan.Episode(batches, support, query)
+    support, query = [torch.rand(2, n, 7) * 2 - 1 for n in (5, 6)]
+    yield leaves, mtgan.Episode(support, query)
     torch.set_default_dtype(torch.float32)
 
 def meta_gradient(leaves, episode, algorithm="maml", *share):
@@ -99,9 +97,9 @@ def distance(a, b):
     difference = torch.cat([(x - y).flatten() for x, y in zip(a, b, strict=True)])
     return (difference.norm() / torch.cat([y.flatten() for y in b]).norm()).item()
 
-@pytest.mark.parametrize("small", [(0, 1), (0, 2), (1, 3), (2, 2)], indirect=True)
+@pytest.mark.parametrize("small", [1, 2, 3, 4], indirect=True)
 def test_meta_gradient_is_the_plain_loops(small):
-    """With and without source steps, odd and even: also that the half-way score falls there."""
+    """Steps odd and even: also that the half-way score falls there."""
     leaves, episode = small
     loss, gradient = meta_gradient(leaves, episode)
     expected, _ = by_loop(leaves, episode)
@@ -154,7 +152,7 @@ def test_both_adds_two_directions_of_length_one(small):
         assert distance(meta_gradient(leaves, episode, "both", share)[1], expected) < 1e-12
 
 @pytest.mark.skipif(bool(kernels.why_not_triton("cpu")), reason="triton's interpreter is not on")
-@pytest.mark.parametrize("small", [(0, 2)], indirect=True)
+@pytest.mark.parametrize("small", [2], indirect=True)
 def test_meta_gradient_through_triton(small, monkeypatch):
     leaves, episode = small
     _, expected = meta_gradient(leaves, episode)
@@ -229,29 +227,38 @@ def numbered(classes=8, each=40):   # domains in which every image carries its o
     images[..., 1] = torch.arange(each)
     names = [f"d {c}" for c in range(classes)]
     pairs = [(s, t) for s in names[:3] for t in names[3:6]]
-    return mtgan.Domains(dict(zip(names, images)), pairs, [("d 6", "d 7")], each, "d")
+    return mtgan.Domains(dict(zip(names, images)), pairs, ["d 6", "d 7"], each, "d")
 
-def test_support_and_query_are_disjoint_and_of_the_target():
-    pairs = [("d 0", "d 3"), ("d 2", "d 5")]
-    episode = mtgan.sample_episode(numbered(), pairs, 30, mtgan.Settings(shots=10, source_steps=2))
+def test_support_and_query_are_disjoint_and_of_their_classes():
+    episode = mtgan.sample_episode(numbered(), ["d 0", "d 5"], 30, mtgan.Settings(shots=10))
     assert episode.support.shape == (2, 10, 784) and episode.query.shape == (2, 30, 784)
-    for t, (source, target) in enumerate(((0, 3), (2, 5))):
+    for t, number in enumerate((0, 5)):
         images = ((torch.cat([episode.support[t], episode.query[t]]) + 1) * 127.5).round().int()
-        assert set(images[:, 0].tolist()) == {target}
+        assert set(images[:, 0].tolist()) == {number}
         assert sorted(images[:, 1].tolist()) == list(range(40))     # each once
-        for batch in episode.batches[:2]:
-            assert torch.allclose(batch[t][:, 0], torch.tensor(source / 127.5 - 1))
-    assert all(batch is episode.support for batch in episode.batches[2:])
+
+def test_an_episode_has_both_domains_of_its_pairs(tmp_path, monkeypatch):
+    seen = []
+    def gradient(leaves, episode, algorithm, w):
+        seen.append(episode.support[:, 0, 0])
+        return torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves]
+    monkeypatch.setattr(mtgan, "meta_gradient", gradient)
+    monkeypatch.setattr(mtgan, "DRAWN", 0)
+    args = mtgan.Settings(shots=5, meta_steps=20, meta_batch=2, out=str(tmp_path))
+    mtgan.meta_train(mtgan.new_parameters(), numbered(), args)
+    classes = ((torch.stack(seen) + 1) * 127.5).round().int()      # [20, 4]
+    assert set(classes[:, ::2].ravel().tolist()) == {0, 1, 2}
+    assert set(classes[:, 1::2].ravel().tolist()) == {3, 4, 5}
 
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
                         or original(domains, classes, n))
     settings = mtgan.parse(["--source", "strokes", "--target", "shapes:0-5", "--dry-run",
-                            "--out", str(tmp_path), "--source-steps", "1"])
+                            "--out", str(tmp_path)])
     domains = mtgan.load_domains(settings)
     mtgan.train_all(domains, settings)
-    assert [target for _, target in domains.test] == ["shapes 4", "shapes 5"]
+    assert domains.test == ["shapes 4", "shapes 5"]
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
     assert seen and not seen & held_out
 
@@ -277,27 +284,25 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     torch.manual_seed(0)
     start = mtgan.new_parameters()
-    rates, support = torch.full((3, 2, 4), 0.05).log(), torch.rand(1, 5, 784)
-    episode = mtgan.Episode([torch.rand(1, 5, 784), support, support], support, None)
-    seen = []
+    rates, support, seen = torch.full((3, 2, 4), 0.05).log(), torch.rand(1, 5, 784), []
     original = mtgan.gan_step
     monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a) or original(*a))
     def adapted(start, steps):
         torch.manual_seed(1)
-        thetas = itertools.islice(mtgan.few_shot(start, 1e-3, episode), steps + 1)
+        thetas = itertools.islice(mtgan.few_shot(start, 1e-3, support), steps + 1)
         return [[p.clone() for p in theta] for theta in thetas]
     found = adapted([*start, rates], 5)
     assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) > 0    # it is an average
     torch.manual_seed(1)
     theta, phi = [p.requires_grad_() for p in start[:8]], [p.requires_grad_() for p in start[8:]]
-    for k, real in enumerate(episode.batches):
+    for k in range(3):
         assert distance(found[k], theta) == 0
-        theta, phi = mtgan.inner_step(theta, phi, rates[k].exp(), real)
+        theta, phi = mtgan.inner_step(theta, phi, rates[k].exp(), support)
     assert distance(found[3], theta) == 0
     assert distance(found[4], found[3]) > 0 and distance(found[5], found[4]) > 0
     seen.clear()
     assert distance(adapted(start, 3)[0], start[:8]) == 0
-    assert [call[2] is episode.support for call in seen] == [False, True, True]
+    assert [call[2] is support for call in seen] == [True, True, True]
 
 def whitened(n, d):                 # n points of mean 0 and covariance 1
     x = torch.randn(n, d).double()
@@ -357,7 +362,7 @@ def benchmark(repetitions=5):
     leaves = [*mtgan.new_parameters(), torch.full((settings.inner_steps, 2, 4), 0.05).log()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     optimizers = mtgan.outer_optimizers(leaves)
-    draw = functools.partial(mtgan.sample_episode, domains, domains.train[:settings.meta_batch],
+    draw = functools.partial(mtgan.sample_episode, domains, domains.train[0],
                              mtgan.QUERIES, settings, mtgan.made_up)
     def meta_step(gradient):
         direction = gradient(leaves, draw(), "maml")[1]
@@ -372,7 +377,7 @@ def benchmark(repetitions=5):
         began = time.perf_counter()
         steps[name]()
         seconds[name].append(time.perf_counter() - began)
-    print(f"{torch.get_num_threads()} threads, {settings.meta_batch} tasks, {settings.inner_steps} "
+    print(f"{torch.get_num_threads()} threads, 2 tasks, {settings.inner_steps} "
           f"inner steps\n{'':24}seconds  loop = 1  operators    MB")
     for name, step in steps.items():
         with Counted() as counted:
@@ -383,7 +388,7 @@ def benchmark(repetitions=5):
 
 def test_benchmark(small, capsys, monkeypatch):
     torch.set_default_dtype(torch.float32)
-    episode = mtgan.Episode([torch.rand(4, 5, 7)] * 10, None, torch.rand(4, 6, 7))
+    episode = mtgan.Episode(torch.rand(4, 5, 7), torch.rand(4, 6, 7))
     monkeypatch.setattr(mtgan, "sample_episode", lambda *_: episode)
     benchmark(repetitions=1)
     loop, ours, _, _ = [row.split()[-2] for row in capsys.readouterr().out.splitlines()[2:]]
@@ -505,7 +510,7 @@ def test_refusals(monkeypatch):
 
 # Files --------------------------------------------------------------------------------------------
 BUILT_IN = "--source strokes:0-3 --target shapes:0-3".split()
-TINY = "--dry-run --device cpu --shots 3 --source-steps 1 --inner-steps 2".split()
+TINY = "--dry-run --device cpu --shots 3 --inner-steps 2".split()
 SMALL = {"GENERATOR_SIZES": (100, 24, 16, 12, 784), "DISCRIMINATOR_SIZES": (784, 12, 16, 8, 1),
          "SAVE_SECONDS": 0, "DRY_RUN": {**mtgan.DRY_RUN, "warm_steps": 4, "judge_steps": 4}}
 FORK = multiprocessing.get_context("forkserver")
@@ -755,7 +760,7 @@ def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, 
     assert program(*command(pictures.name, "../out")) == 0                # the same pictures
     kept = contents(out)
     put_picture(same / "bee" / "3.png")
-    assert "image checksum" in refused(capsys, *command(pictures.name, "../out"))
+    assert "checksum" in refused(capsys, *command(pictures.name, "../out"))
     assert contents(out) == kept
     assert "bee'" in refused(capsys, *command(pictures, tmp_path / "new"), "--target", same)
 
