@@ -71,7 +71,7 @@ class Settings:
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
     meta_steps: int = option(1000, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
-    meta_lr: float = option(5e-4, "outer learning rate")
+    meta_lr: float = option(1e-3, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     test: str = option(None, "test on all classes of --target (the start in assets)", **START)

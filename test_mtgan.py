@@ -237,19 +237,6 @@ def test_support_and_query_are_disjoint_and_of_their_classes():
         assert set(images[:, 0].tolist()) == {number}
         assert sorted(images[:, 1].tolist()) == list(range(40))     # each once
 
-def test_an_episode_has_both_domains_of_its_pairs(tmp_path, monkeypatch):
-    seen = []
-    def gradient(leaves, episode, algorithm, w):
-        seen.append(episode.support[:, 0, 0])
-        return torch.zeros(()), [torch.zeros_like(leaf) for leaf in leaves]
-    monkeypatch.setattr(mtgan, "meta_gradient", gradient)
-    monkeypatch.setattr(mtgan, "DRAWN", 0)
-    args = mtgan.Settings(shots=5, meta_steps=20, meta_batch=2, out=str(tmp_path))
-    mtgan.meta_train(mtgan.new_parameters(), numbered(), args)
-    classes = ((torch.stack(seen) + 1) * 127.5).round().int()      # [20, 4]
-    assert set(classes[:, ::2].ravel().tolist()) == {0, 1, 2}
-    assert set(classes[:, 1::2].ravel().tolist()) == {3, 4, 5}
-
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
@@ -264,10 +251,12 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
 
 @patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1))
 def test_the_outer_loops_schedule(tmp_path, monkeypatch):
-    """Reptile's share falls all the time, the outer rate in the second half."""
+    """Reptile's share and the outer rate fall; an episode has the source and target of a pair."""
     seen, original = [], mtgan.update
     def gradient(leaves, episode, algorithm, w):
         seen.append(w)
+        source, target = ((episode.support[:, 0, 0] + 1) * 127.5).round().int()
+        assert source in (0, 1, 2) and target in (3, 4, 5)
         return torch.zeros(()), [torch.full_like(leaf, 1e3) for leaf in leaves]
     def update(optimizers, leaves, gradients):
         seen.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
@@ -275,6 +264,7 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
         return original(optimizers, leaves, [*gradients[:-1], torch.full_like(leaves[-1], -1.0)])
     monkeypatch.setattr(mtgan, "meta_gradient", gradient)
     monkeypatch.setattr(mtgan, "update", update)
+    monkeypatch.setattr(mtgan, "DRAWN", 0)
     args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, inner_lr=0.4, out=str(tmp_path))
     rates = mtgan.meta_train(mtgan.new_parameters(), numbered(), args)[-1].exp()
     assert seen[::2] == [1, 0.75, 0.5, 0.25] and rates.max() <= mtgan.MAX_RATE + 1e-6
@@ -875,7 +865,7 @@ def test_translation_keeps_the_noise():
     assert (found - images).norm() < 0.5 * images.std(1).norm() * 5 ** 0.5
     assert distance(mtgan.translate([p[1:] for p in theta], images)[2:], [found]) > 0.1
 
-def test_a_start_on_ones_own_classes(finished, pictures, tmp_path):
+def test_a_start_on_ones_own_classes(finished, pictures, tmp_path, capsys):
     alone, test = tmp_path / "alone.pt", ["--dry-run", "--shots", 3, "--target", pictures]
     shutil.copy(finished / "mtgan.pt", alone)
     for start in (finished, alone, alone):              # the last time it is done already
@@ -884,6 +874,11 @@ def test_a_start_on_ones_own_classes(finished, pictures, tmp_path):
         rows = report_of(out)["rows"]
         assert len({row["target"] for row in rows}) == 6
         assert any("transfer" in row["method"] for row in rows) == (start == finished)
+        assert "the start was trained on" in capsys.readouterr().out
+    saved = torch.load(alone)
+    saved["start"][-1] += 1                             # the start of another run
+    torch.save(saved, alone)
+    assert "checksum" in refused(capsys, "--test", alone, *test, "--out", out)
 
 def test_the_start_that_comes_along(tmp_path):
     start, hearts = Path(mtgan.SHIPPED), Path(mtgan.SHIPPED).parent / "hearts"
