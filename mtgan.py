@@ -100,21 +100,20 @@ def new_parameters():
     layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in sizes]
     return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
 
-def network(parameters, x, slope, dropout=0.0):
+def network(parameters, x, slope):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]"""
     *hidden, last = zip(parameters[::2], parameters[1::2])
     for weight, bias in hidden:
         x = fused_linear(x, weight, bias, slope, backend=KERNEL)
-        x = F.dropout(x, dropout) if dropout else x
     return fused_linear(x, *last, slope=1.0, backend=KERNEL)
 
 def generator(theta, z):
     """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
     return network(theta, z, slope=0.0).tanh()
 
-def discriminator(phi, x, dropout=0.0):
+def discriminator(phi, x):
     """Images [T, B, 784] -> logits, positive where D takes them for real  # [T, B]"""
-    return network(phi, x, 0.2, dropout).squeeze(-1)
+    return network(phi, x, slope=0.2).squeeze(-1)
 
 def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
@@ -253,11 +252,9 @@ def sample_pairs(domains, n):
     """n random pairs: a list of 2 n classes, source and target in turn."""
     return [name for pair in random.choices(domains.train, k=n) for name in pair]
 
-def sample_episode(domains, classes, queries, args, change=None):
-    """The `Episode` of a task for each of the classes; change: a function of their images."""
-    images = sample_images(domains, classes, args.shots + queries)
-    images = change(images) if change else images
-    return Episode(images[:, :args.shots], images[:, args.shots:])
+def split(images, shots):
+    """Images [T, n, 784] as an `Episode`: the first ones are the support."""
+    return Episode(images[:, :shots], images[:, shots:])
 
 def made_up(images):
     """Known domains [T, n, 784], of which most are replaced by `level_sets`."""
@@ -290,6 +287,7 @@ def level_sets(pen, n):
 
 # 6  Training; `training`, in section 8, adds progress, saving and going on ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
+R1 = 10  # weight of its penalty
 MAX_RATE = 0.5  # of an inner step; without it one grew to 25
 
 def update(optimizers, leaves, gradients):
@@ -303,13 +301,17 @@ def update(optimizers, leaves, gradients):
     return finite
 
 def gan_step(leaves, optimizers, real, fakes):
-    """An ordinary step of D, then of G: real images [T, B, 784], `fakes` generated ones."""
+    """An ordinary step of D, then of G: real images [T, B, 784], `fakes` generated ones. R1 weighs
+    a penalty on D's slope: the players circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
     theta, phi = leaves[:8], leaves[8:]
+    real = real.detach().requires_grad_()
+    logits = discriminator(phi, real)
+    slope, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
+    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # [T]
     fake = generator(theta, noise(len(real), fakes))
-    real_logits = discriminator(phi, real, dropout=0.3)
-    d = loss_d(real_logits, discriminator(phi, fake.detach(), dropout=0.3)).sum()
+    d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
     finite_d = update(optimizers[1:], phi, grad(d, phi))
-    g = loss_g(discriminator(phi, fake, dropout=0.3)).sum()
+    g = loss_g(discriminator(phi, fake)).sum()
     finite_g = update(optimizers[:1], theta, grad(g, theta))
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
@@ -329,14 +331,14 @@ def meta_train(start, domains, args):
     log_rates = rates.log().repeat(args.inner_steps, 1, 4)
     leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
-    queries = min(QUERIES, domains.fewest - args.shots)
+    n = min(args.shots + QUERIES, domains.fewest)
     for step, numbers in training("meta-training", steps, leaves, optimizers, args):
         left = 1 - step / steps
         lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
-        for optimizer, factor in zip(optimizers, (1, 1, 12.5)):  # a logarithm must move faster
+        for optimizer, factor in zip(optimizers, (1, 1, 6)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
-        classes = sample_pairs(domains, args.meta_batch)
-        episode = sample_episode(domains, classes, queries, args, made_up)
+        images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
+        episode = split(made_up(images), args.shots)
         # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
@@ -345,15 +347,15 @@ def meta_train(start, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation; transfer, its baseline, is in state/."""
+    """All trainings. Returns the initialisation; transfer, its baseline, is in state/. Transfer
+    sees more images: 64 in each of four steps, an episode's pair has 178."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    more = 4 * args.meta_batch * args.meta_steps  # of 64 images; a pair's two tasks see 178
-    train_gan("transfer", warm, more, domains, args)
+    train_gan("transfer", warm, 4 * args.meta_batch * args.meta_steps, domains, args)
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
-GO_ON_LR = 1e-4  # Adam's rate after the learned steps
+GO_ON_LR = 3e-4  # Adam's rate after the learned steps
 TRANSFER_LRS = 5e-4, 2e-3  # Adam's without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
@@ -363,8 +365,7 @@ def few_shot(start, lr, support):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
 
     start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
-    [*theta, *phi] for Adam alone. Of Adam's steps theta is an average, later ones counting more:
-    the players circle around where they are going (Yazıcı et al. 2019, arXiv 1806.04498).
+    [*theta, *phi] for Adam alone.
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
@@ -374,13 +375,10 @@ def few_shot(start, lr, support):
         theta, phi = inner_step(theta, phi, rates, support, second_order=False)
         yield theta
     leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
-    average = [p.detach().clone() for p in leaves[:8]]
     optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
-    for count in itertools.count(1):
+    while True:
         gan_step(leaves, optimizers, support, FAKES)
-        with torch.no_grad():
-            torch._foreach_lerp_(average, leaves[:8], 4 / (count + 4))
-        yield average
+        yield leaves[:8]
 
 def translate(theta, images):
     """One noise in two domains: z for which the first G of theta [2, ...] draws images [1, n, 784].
@@ -453,7 +451,7 @@ def meta_test(starts, judge, domains, args):
     for done, (seed, method) in enumerate(tests[done:], done + 1):
         say(f"test {done}/{len(tests)}: {method}", sys.stderr)
         reseed(args.seed, "test", seed)
-        episode = sample_episode(domains, domains.test, 2 * n, args)
+        episode = split(sample_images(domains, domains.test, args.shots + 2 * n), args.shots)
         if method == "no GAN":
             samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:

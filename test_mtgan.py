@@ -182,7 +182,6 @@ def test_energy_distance():
 
 @patch.multiple(mtgan, GENERATOR_SIZES=(3, 6, 5, 6, 7), DISCRIMINATOR_SIZES=(7, 6, 5, 6, 1))
 def test_gan_step_is_two_plain_adam_steps(monkeypatch):
-    monkeypatch.setattr(F, "dropout", lambda x, p: x)
     torch.manual_seed(0)
     start = [torch.cat([p, 2 * p]) for p in mtgan.new_parameters()]
     leaves = [p.clone().requires_grad_() for p in start]
@@ -193,8 +192,11 @@ def test_gan_step_is_two_plain_adam_steps(monkeypatch):
         own = [p[t].clone().requires_grad_() for p in start]
         theta, phi = own[:8], own[8:]
         fake = mlp(theta, z[t], 0).tanh()
-        logits = mlp(phi, real[t], 0.2)[:, 0], mlp(phi, fake.detach(), 0.2)[:, 0]
-        for player, loss in ((phi, lambda: mtgan.loss_d(*logits)),
+        x = real[t].clone().requires_grad_()
+        logits, other = mlp(phi, x, 0.2)[:, 0], mlp(phi, fake.detach(), 0.2)[:, 0]
+        slope, = grad(logits.sum(), x, create_graph=True)
+        loss_d = mtgan.loss_d(logits, other) + mtgan.R1 / 2 * slope.square().sum() / 4
+        for player, loss in ((phi, lambda: loss_d),
                              (theta, lambda: mtgan.loss_g(mlp(phi, fake, 0.2)[:, 0]))):
             adam = torch.optim.Adam(player, 0.01, betas=(0.5, 0.999))
             for p, g in zip(player, grad(loss(), player)):
@@ -230,7 +232,7 @@ def numbered(classes=8, each=40):   # domains in which every image carries its o
     return mtgan.Domains(dict(zip(names, images)), pairs, ["d 6", "d 7"], each, "d")
 
 def test_support_and_query_are_disjoint_and_of_their_classes():
-    episode = mtgan.sample_episode(numbered(), ["d 0", "d 5"], 30, mtgan.Settings(shots=10))
+    episode = mtgan.split(mtgan.sample_images(numbered(), ["d 0", "d 5"], 40), 10)
     assert episode.support.shape == (2, 10, 784) and episode.query.shape == (2, 30, 784)
     for t, number in enumerate((0, 5)):
         images = ((torch.cat([episode.support[t], episode.query[t]]) + 1) * 127.5).round().int()
@@ -241,8 +243,8 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
                         or original(domains, classes, n))
-    settings = mtgan.parse(["--source", "strokes", "--target", "shapes:0-5", "--dry-run",
-                            "--out", str(tmp_path)])
+    line = f"--source strokes --target shapes:0-5 --dry-run --out {tmp_path}"
+    settings = mtgan.parse(line.split())
     domains = mtgan.load_domains(settings)
     mtgan.train_all(domains, settings)
     assert domains.test == ["shapes 4", "shapes 5"]
@@ -268,7 +270,7 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, inner_lr=0.4, out=str(tmp_path))
     rates = mtgan.meta_train(mtgan.new_parameters(), numbered(), args)[-1].exp()
     assert seen[::2] == [1, 0.75, 0.5, 0.25] and rates.max() <= mtgan.MAX_RATE + 1e-6
-    assert np.allclose(seen[1::2], np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 12.5]))
+    assert np.allclose(seen[1::2], np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 6]))
 
 # Meta-testing -------------------------------------------------------------------------------------
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
@@ -282,14 +284,13 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
         thetas = itertools.islice(mtgan.few_shot(start, 1e-3, support), steps + 1)
         return [[p.clone() for p in theta] for theta in thetas]
     found = adapted([*start, rates], 5)
-    assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) > 0    # it is an average
+    assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) == 0
     torch.manual_seed(1)
     theta, phi = [p.requires_grad_() for p in start[:8]], [p.requires_grad_() for p in start[8:]]
     for k in range(3):
         assert distance(found[k], theta) == 0
         theta, phi = mtgan.inner_step(theta, phi, rates[k].exp(), support)
-    assert distance(found[3], theta) == 0
-    assert distance(found[4], found[3]) > 0 and distance(found[5], found[4]) > 0
+    assert distance(found[3], theta) == 0 < distance(found[4], found[3])
     seen.clear()
     assert distance(adapted(start, 3)[0], start[:8]) == 0
     assert [call[2] is support for call in seen] == [True, True, True]
@@ -352,8 +353,9 @@ def benchmark(repetitions=5):
     leaves = [*mtgan.new_parameters(), torch.full((settings.inner_steps, 2, 4), 0.05).log()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     optimizers = mtgan.outer_optimizers(leaves)
-    draw = functools.partial(mtgan.sample_episode, domains, domains.train[0],
-                             mtgan.QUERIES, settings, mtgan.made_up)
+    def draw():
+        images = mtgan.sample_images(domains, domains.train[0], settings.shots + mtgan.QUERIES)
+        return mtgan.split(mtgan.made_up(images), settings.shots)
     def meta_step(gradient):
         direction = gradient(leaves, draw(), "maml")[1]
         mtgan.update(optimizers, leaves, mtgan.unit(direction))
@@ -379,7 +381,7 @@ def benchmark(repetitions=5):
 def test_benchmark(small, capsys, monkeypatch):
     torch.set_default_dtype(torch.float32)
     episode = mtgan.Episode(torch.rand(4, 5, 7), torch.rand(4, 6, 7))
-    monkeypatch.setattr(mtgan, "sample_episode", lambda *_: episode)
+    monkeypatch.setattr(mtgan, "split", lambda *_: episode)
     benchmark(repetitions=1)
     loop, ours, _, _ = [row.split()[-2] for row in capsys.readouterr().out.splitlines()[2:]]
     assert int(ours) < 0.5 * int(loop)          # operators
@@ -754,8 +756,7 @@ def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, 
     assert contents(out) == kept
     assert "bee'" in refused(capsys, *command(pictures, tmp_path / "new"), "--target", same)
 
-def test_two_runs_in_one_folder(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(time, "sleep", None)            # refused at once
+def test_two_runs_in_one_folder(pictures, tmp_path, capsys):
     with mtgan.claim(tmp_path):
         assert "another process" in refused(capsys, *command(pictures, tmp_path))
 
@@ -826,8 +827,7 @@ def test_an_mtgan_pt_that_is_none(finished, pictures, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     path, adapt = tmp_path / "mtgan.pt", ["--target", pictures, "--out", "out", "--adapt"]
     assert "mtgan.pt" in refused(capsys, *adapt, tmp_path)
-    good = (finished / "mtgan.pt").read_bytes()
-    saved = torch.load(finished / "mtgan.pt", weights_only=True)
+    good, saved = (finished / "mtgan.pt").read_bytes(), torch.load(finished / "mtgan.pt")
     nan = [parameter * math.nan for parameter in saved["start"]]
     other = [parameter[..., :7] for parameter in saved["start"]]
     trap = type("Trap", (), {"__reduce__": lambda self: (os.system, ("touch sprung",))})()
