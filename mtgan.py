@@ -4,26 +4,26 @@ A GAN trained from scratch needs many images and steps. MT-GAN meta-trains the i
 generator G and a discriminator D, so that on a new domain a few images and steps are enough.
 
     python mtgan.py --adapt --target my_images/         # draw more of them
-    python mtgan.py --source mnist --target fashion     # train and test one
-    python mtgan.py --test --target my_classes/         # test it on them
+    python mtgan.py --source mnist --target fashion     # meta-train a start, test it
+    python mtgan.py --test --target my_classes/         # test the start in assets
 
 A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain of which only a few
-*shots* are given, its *support*. An *episode* has a pair of domains, a source and a target: copies
-of the initialisation take k *inner* steps of the GAN's game on the support of either; a score tells
-how far images of the adapted G are from other real ones, the *query*; then one *outer* step changes
-the initialisation. *MAML* follows the gradient of that score through all inner steps. *Reptile*
-goes where they have led, without any derivative. By default both are added, Reptile less and less.
-Most domains are made up (section 5): the few real ones would be learned by heart.
+*shots* are given, its *support*. An *episode* has a pair of domains, a source and a target, treated
+alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
+score tells how far images of the adapted G are from other real ones, the *query*; then one *outer*
+step changes the initialisation. *MAML* follows the gradient of that score through all inner steps.
+*Reptile* goes where they have led, without any derivative. By default both are added, Reptile less
+and less. Most domains are made up (section 5): the few real ones would be learned by heart.
 
-Three equations (theta: G, phi: D, z: noise, R: real images, a: learned rates):
+Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a):
 
     (1) the game      L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))
                       L_G = mean softplus(-D(G(z)))
     (2) inner step    phi'   = phi   - a_phi   dL_D/dphi        theta held constant
                       theta' = theta - a_theta dL_G/dtheta      the same z, phi' held constant
-    (3) outer step    start <- start - optimiser(g/|g| + w r/|r|)     w falls from 1 to 0
-                      g = d score / d start                     MAML
-                      r = start - mean of (theta_k, phi_k)      Reptile
+    (3) outer step    start <- start - optimiser(unit(g/|g| + w r/|r|))     w falls from 1 to 0
+                      g = d score / d start                                   MAML
+                      r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
 from collections import Counter
@@ -65,9 +65,9 @@ class Settings:
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(25, "support images of a task (--adapt: at most)")
+    shots: int = option(25, "support images of a task (--adapt: 25, or all)")
     inner_steps: int = option(10, "inner steps on the support")
-    inner_lr: float = option(0.1, "G's inner rate to begin with, D's is a fifth")
+    inner_lr: float = option(0.1, "G's inner rate to begin with, at most 0.5; D's is a fifth")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
     meta_steps: int = option(1000, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
@@ -88,14 +88,14 @@ def require(fine, message):
     if not fine:
         raise UserError(message)
 
-# 1  Networks, functions of their parameters; T tasks, B images, K inputs, N outputs ---
+# 1  Networks as functions. "# [T, B]" is a shape: T tasks, B images, K inputs, N outputs ---
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
 KERNEL = "auto"  # backend of all linear layers, set by --kernel
 
 def new_parameters():
-    """[*theta, *phi], weights [T, N, K] and biases [T, N], with T = 1: shared by all tasks."""
+    """[*theta, *phi], 8 tensors each: weights [T, N, K], biases [T, N]; T = 1, tasks share them."""
     sizes = [*itertools.pairwise(GENERATOR_SIZES), *itertools.pairwise(DISCRIMINATOR_SIZES)]
     layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in sizes]
     return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
@@ -134,7 +134,7 @@ def energy_distance(x, y):
     2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
     the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
     """
-    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # mm rounds
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # products round
     def within(images):  # none is compared with itself
         n = images.shape[1]
         return distance(images, images).sum((1, 2)) / (n * (n - 1))
@@ -146,11 +146,11 @@ FAKES = 25  # generated images in an inner step
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
-    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, in every step others
+    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, others in every step
     (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph of this step.
 
     The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
-    and theta from a step against an earlier phi. grad would follow that path, but must hold theta
+    and theta from a step against this very phi. grad would follow that path, but must hold theta
     constant. So we ask it for an alias (view_as), a new tensor that theta has never met. To detach
     the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
     """
@@ -188,13 +188,13 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
     both     g/|g| + w r/|r|, equation (3)
     """
     tasks, queries, _ = episode.query.shape
-    starts, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi, loss, steps = starts[:8], starts[8:], 0, len(rates)
+    shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
+    theta, phi, loss, steps = shared[:8], shared[8:], 0, len(rates)
     # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
     scored = {(steps + 1) // 2, steps}
     second_order = algorithm in ("maml", "both")
-    for step in range(1, steps + 1):
-        theta, phi = inner_step(theta, phi, rates[step - 1], episode.support, second_order)
+    for step, now in enumerate(rates, 1):
+        theta, phi = inner_step(theta, phi, now, episode.support, second_order)
         if step in scored:
             fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
             loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
@@ -218,8 +218,7 @@ def unit(tensors):
 
 def outer_optimizers(leaves):
     """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
-    matrices = [leaf for leaf in leaves[:-1] if leaf.dim() == 3 and leaf.shape[1] > 1]
-    vectors = [leaf for leaf in leaves[:-1] if leaf.dim() == 2 or leaf.shape[1] == 1]
+    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last weight
     return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
 
 def adam(leaves, lr):
@@ -227,9 +226,9 @@ def adam(leaves, lr):
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
 # 5  Tasks: pairs of domains, known or drawn ---
-QUERIES = 64  # target images that score a generator
-DRAWN = 0.7  # share of the targets that are drawn
-PEN, FILLED = 0.3, 0.57  # shares: by pen, of these; reaching the border, of the others
+QUERIES = 64  # images that score a generator
+DRAWN = 0.7  # share of the tasks whose domain is made up
+PEN, FILLED = 0.3, 0.57  # shares: outlines among them; of the others, what fills the frame
 
 class Domains(NamedTuple):
     """All images of a run, and its pairs (source class, target class)."""
@@ -279,13 +278,13 @@ def level_sets(pen, n):
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)  # high in the middle
     filled = (uniform(0, 1) < FILLED) & ~pen
     height = torch.where(filled, height, height + island)  # [T, n, 28, 28]
-    slope = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
-    inside = height / (slope + 0.05)  # about the pixels to the outline
+    steepness = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
+    inside = height / (steepness + 0.05)  # about the pixels to the outline
     cover = torch.where(pen, uniform(0.8, 2) - inside.abs(), inside).mul(2).sigmoid()
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training; `training`, in section 8, adds progress, saving and going on ---
+# 6  Training; `training`, in section 8, is a range that saves, goes on and prints `numbers` ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
 R1 = 10  # weight of its penalty
 MAX_RATE = 0.5  # of an inner step; without it one grew to 25
@@ -306,8 +305,8 @@ def gan_step(leaves, optimizers, real, fakes):
     theta, phi = leaves[:8], leaves[8:]
     real = real.detach().requires_grad_()
     logits = discriminator(phi, real)
-    slope, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
-    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # [T]
+    gradient, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
+    penalty = R1 / 2 * gradient.square().sum(-1).mean(-1)  # [T]
     fake = generator(theta, noise(len(real), fakes))
     d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
     finite_d = update(optimizers[1:], phi, grad(d, phi))
@@ -325,11 +324,11 @@ def train_gan(stage, start, steps, domains, args):
         numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
     return leaves
 
-def meta_train(start, domains, args):
-    """Episodes and outer steps, from the parameters `start`. Returns [*theta, *phi, log_rates]."""
+def meta_train(warm, domains, args):
+    """Episodes and outer steps, from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D diverges sooner
     log_rates = rates.log().repeat(args.inner_steps, 1, 4)
-    leaves = [p.detach().clone().requires_grad_() for p in (*start, log_rates)]
+    leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
     n = min(args.shots + QUERIES, domains.fewest)
     for step, numbers in training("meta-training", steps, leaves, optimizers, args):
@@ -347,8 +346,8 @@ def meta_train(start, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation; transfer, its baseline, is in state/. Transfer
-    sees more images: 64 in each of four steps, an episode's pair has 178."""
+    """All trainings. Returns the initialisation. Its baseline, transfer, is more ordinary training
+    instead of episodes, kept in state/. It sees more: 64 images in each of four steps, not 178."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
     train_gan("transfer", warm, 4 * args.meta_batch * args.meta_steps, domains, args)
@@ -431,14 +430,14 @@ def frechet_distance(a, b):
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     return distance.clamp(min=0).item()
 
-def judge_samples(x, support, query, target, judge):
-    """The METRICS of samples x [n, 784] of a task. Half of the query [2 n, 784] are real images to
-    compare with, half are the reference. target: a class index."""
+def judge_samples(x, support, query, label, judge):
+    """The METRICS of samples x [n, 784] of a task. Of the query [2 n, 784] one half scales
+    "nearest", the other is the Fréchet distance's reference. label: a class index."""
     fresh, reference = query.chunk(2)
     features, mine = judge[0](x), torch.cdist(x, support).amin(1).mean()
     usual = torch.cdist(fresh, support).amin(1).mean().clamp(min=1e-9)
     return {"frechet": frechet_distance(features, judge[0](reference)),
-            "recognised": (judge[1](features).argmax(-1) == target).double().mean().item(),
+            "recognised": (judge[1](features).argmax(-1) == label).double().mean().item(),
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
@@ -446,10 +445,10 @@ def meta_test(starts, judge, domains, args):
     a dict for every method, draw, number of steps and target."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
-    done, rows = load(path) if path.exists() else (0, [])
+    first, rows = load(path) if path.exists() else (0, [])
     tests = list(itertools.product(range(args.test_seeds), ("no GAN", *starts)))
-    for done, (seed, method) in enumerate(tests[done:], done + 1):
-        say(f"test {done}/{len(tests)}: {method}", sys.stderr)
+    for number, (seed, method) in enumerate(tests[first:], first + 1):
+        say(f"test {number}/{len(tests)}: {method}", sys.stderr)
         reseed(args.seed, "test", seed)
         episode = split(sample_images(domains, domains.test, args.shots + 2 * n), args.shots)
         if method == "no GAN":
@@ -461,10 +460,10 @@ def meta_test(starts, judge, domains, args):
                        if steps in args.test_steps]
         for name, steps, x in samples:
             for i, target in enumerate(domains.test):
-                task = x[i], episode.support[i], episode.query[i], names.index(target)
+                inputs = x[i], episode.support[i], episode.query[i], names.index(target)
                 rows.append({"method": name, "seed": seed, "steps": steps, "target": target,
-                             "images": x[i, :9].clone(), **judge_samples(*task, judge)})
-        save(path, (done, rows))
+                             "images": x[i, :9].clone(), **judge_samples(*inputs, judge)})
+        save(path, (number, rows))
     return rows
 
 def print_tables(folders):
@@ -486,7 +485,7 @@ def print_tables(folders):
             say(f"{method:24}" + "".join(f"{each:>14}" for each in shown))
 
 def interval(values):
-    """'mean ± half the 95 % interval', by Student's t, approximated, good from n = 4 on."""
+    """'mean ± half the 95 % interval', as if all were independent; Student's t, from n = 4 on."""
     mean, free = np.mean(values), len(values) - 1 or math.nan
     half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
     return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
@@ -504,20 +503,20 @@ def filmstrip(rows, args):
     strips = sorted({(row["target"], row["method"]) for row in rows if row["steps"]})
     side, above = 184, 44
     canvas = Image.new("L", (side * (1 + len(args.test_steps)), (side + above) * len(strips)), 255)
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
+    ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
-        pen.text((4, y), f"{target}, {method}", 0, font)
+        ink.text((4, y), f"{target}, {method}", 0, font)
         sheets = [("support repeated", 0), *((method, steps) for steps in args.test_steps)]
         for j, (of, steps) in enumerate(sheets):
-            pen.text((side * j + 4, y + 20), f"step {steps}" if j else "support", 0, font)
+            ink.text((side * j + 4, y + 20), f"step {steps}" if j else "support", 0, font)
             canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
     return canvas
 
 # 8  Data and files ---
-HELD_OUT = 3  # classes of a data set that training never sees
+HELD_OUT = 3  # classes of a data set, a third at most, that no GAN's training sees
 SAVE_SECONDS = 30  # between states
-FREE = "source", "target", "data_dir", "out", "device"  # may change
+FREE = "source", "target", "data_dir", "out", "device", "test"  # a checksum guards these
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()  # to know its own pictures by
 SIGNATURE.add_text("Software", "mtgan.py")
@@ -536,7 +535,7 @@ def load_domains(args):
         few = len(names) if args.test else min(HELD_OUT, max(1, len(names) // 3))
         held_out.update(names[-few:])
         for name, content in zip(names, classes.values()):
-            require(len(content) >= args.shots + 4,  # a test takes 2 and 2 others
+            require(len(content) >= args.shots + 4,  # a test compares 2 with 2
                     f"'{name}' has too few images for --shots {args.shots}")
             require(torch.equal(images.setdefault(name, content), content),
                     f"two classes are called '{name}'")
@@ -740,7 +739,8 @@ def parse(argv):
     for name, value in given.items():
         flag, number = "--" + name.replace("_", "-"), isinstance(value, (int, float))
         require(name in used, f"{flag} is of no use here")
-        require(not number or value > 0 or name in MAY_BE_0, f"{flag} is too small")
+        zero = value == 0 and name in MAY_BE_0
+        require(not number or value > 0 or zero, f"{flag} is too small")
     args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
@@ -778,7 +778,7 @@ def run(args):
         starts = {"MT-GAN": (start, GO_ON_LR)}
         transfer = Path(args.test or out, "state", "transfer.pt")
         if transfer.exists():
-            leaves = load(transfer)[2]
+            _, _, leaves, _ = load(transfer)
             starts |= {f"transfer, Adam {lr:g}": (leaves, lr) for lr in TRANSFER_LRS}
         rows = meta_test(starts, train_judge(domains, args), domains, args)
         save(out / "adaptation.png", filmstrip(rows, args))
@@ -793,8 +793,9 @@ def deploy(args):
     for spec in (*args.source, *args.target):
         title, classes = load_dataset(spec, args.data_dir)
         sets.append(torch.cat(list(classes.values())))
-        require(2 <= (args.shots or 2) <= len(sets[-1]), f"'{spec}' has {len(sets[-1])} images, "
-                f"for --shots {args.shots or 'from 2 on'}")
+        n = len(sets[-1])
+        require(2 <= (args.shots or 2) <= n,
+                f"'{spec}' has {n} images, and needs {args.shots or 2}; --shots is from 2 on")
     require(len(sets) == 1 or not torch.equal(*sets), "--source and --target are the same images")
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
@@ -802,7 +803,7 @@ def deploy(args):
     thetas = few_shot(saved["start"], GO_ON_LR, support)
     theta = next(itertools.islice(thetas, args.steps, None))
     samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
-    require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
+    require(all(p.isfinite().all() for p in theta), "the adaptation diverged: take fewer --steps")
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
@@ -815,8 +816,8 @@ def deploy(args):
 def main(argv=None):
     """Returns the exit code, 2 for what a user can put right."""
     global KERNEL
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a closed one is None
-        stream.reconfigure(errors="replace")  # for a console that lacks a letter
+    for stream in (sys.stdout, sys.stderr):  # a notebook's, or a closed one, cannot
+        getattr(stream, "reconfigure", dict)(errors="replace")  # for letters a console lacks
     try:
         args = parse(argv)
         if args.tables:
@@ -835,7 +836,7 @@ def main(argv=None):
             run(args)
         else:
             deploy(args)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
         return 2
     except KeyboardInterrupt:  # the same command goes on

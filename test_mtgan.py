@@ -821,7 +821,7 @@ def test_deployment(finished, pictures, tmp_path, capsys):
     for folder in (out, finished):
         assert "not empty" in refused(capsys, *adapt, "--out", folder)
     line = refused(capsys, *adapt, "--shots", 9)
-    assert "--shots 9" in line and "8 images" in line and contents(tmp_path) == kept
+    assert "8 images, and needs 9" in line and contents(tmp_path) == kept
 
 def test_an_mtgan_pt_that_is_none(finished, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
