@@ -146,7 +146,7 @@ FAKES = 25  # generated images in an inner step
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
-    theta, phi: [T, ...] each; rates [2, 4]: G's and D's for every layer, others in every step
+    theta, phi: [T, ...] each; rates [2, 4]: one for each player and layer, new in each step
     (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph of this step.
 
     The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
@@ -160,7 +160,7 @@ def inner_step(theta, phi, rates, real, second_order=True):
     logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
     loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
     phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-    shown = fake.view_as(fake)  # phi' depends on fake
+    shown = fake.view_as(fake)  # an alias: phi' was made from fake, and must be held constant
     loss = loss_g(discriminator(phi, shown)).sum()
     of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
     theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
@@ -193,13 +193,13 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
     # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
     scored = {(steps + 1) // 2, steps}
     second_order = algorithm in ("maml", "both")
-    for step, now in enumerate(rates, 1):
-        theta, phi = inner_step(theta, phi, now, episode.support, second_order)
+    for step, step_rates in enumerate(rates, 1):
+        theta, phi = inner_step(theta, phi, step_rates, episode.support, second_order)
         if step in scored:
             fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
             loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
-    reptile = [start.detach() - end for start, end in zip(leaves, ends)] + [torch.zeros_like(rates)]
+    reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
         return loss.detach(), reptile
     gradient = grad(loss, leaves, materialize_grads=True)
@@ -218,7 +218,7 @@ def unit(tensors):
 
 def outer_optimizers(leaves):
     """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
-    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last weight
+    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last weight, one row
     return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
 
 def adam(leaves, lr):
@@ -327,7 +327,7 @@ def train_gan(stage, start, steps, domains, args):
 def meta_train(warm, domains, args):
     """Episodes and outer steps, from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D diverges sooner
-    log_rates = rates.log().repeat(args.inner_steps, 1, 4)
+    log_rates = rates.log().repeat(args.inner_steps, 1, 4)  # [steps, G or D, layer]
     leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
     n = min(args.shots + QUERIES, domains.fewest)
@@ -338,7 +338,7 @@ def meta_train(warm, domains, args):
             optimizer.param_groups[0]["lr"] = factor * lr
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
         episode = split(made_up(images), args.shots)
-        # Reptile makes a quick beginning; MAML alone comes to the better start in the end.
+        # w, of "both": Reptile makes a quick beginning, MAML alone the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         leaves[-1].data.clamp_(max=math.log(MAX_RATE))
@@ -347,7 +347,7 @@ def meta_train(warm, domains, args):
 
 def train_all(domains, args):
     """All trainings. Returns the initialisation. Its baseline, transfer, is more ordinary training
-    instead of episodes, kept in state/. It sees more: 64 images in each of four steps, not 178."""
+    instead of episodes, kept in state/. It sees more: 4 x 64 images, an episode 2 x (25 + 64)."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
     train_gan("transfer", warm, 4 * args.meta_batch * args.meta_steps, domains, args)
@@ -363,8 +363,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 def few_shot(start, lr, support):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
 
-    start: [*theta, *phi, log_rates] for the learned inner steps and then Adam at the rate lr, or
-    [*theta, *phi] for Adam alone.
+    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam (gan_step, all layers)
+    at the rate lr, or [*theta, *phi] for Adam alone.
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
