@@ -218,7 +218,7 @@ def unit(tensors):
 
 def outer_optimizers(leaves):
     """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
-    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last weight, a row
+    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last, a row
     return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
 
 def adam(leaves, lr):
