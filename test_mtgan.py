@@ -281,7 +281,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a) or original(*a))
     def adapted(start, steps):
         torch.manual_seed(1)
-        thetas = itertools.islice(mtgan.few_shot(start, 1e-3, support), steps + 1)
+        thetas = itertools.islice(mtgan.few_shot(start, (1e-3, 2e-3), support), steps + 1)
         return [[p.clone() for p in theta] for theta in thetas]
     found = adapted([*start, rates], 5)
     assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) == 0
