@@ -441,8 +441,8 @@ def judge_samples(x, support, query, label, judge):
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
-    """Test {method: (start, Adam's rates)} on the same images of the held-out targets. Returns rows,
-    a dict for every method, draw, number of steps and target."""
+    """Test {method: (start, Adam's rates)} on the same images of the held-out targets. Returns
+    rows, a dict for every method, draw, number of steps and target."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     first, rows = load(path) if path.exists() else (0, [])
