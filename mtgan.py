@@ -76,7 +76,7 @@ class Settings:
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     test: str = option(None, "test on all classes of --target (the start in assets)", **START)
     adapt: str = option(None, "adapt to --target, and generate (the start in assets)", **START)
-    steps: int = option(10, "steps of --adapt")
+    steps: int = option(100, "steps of --adapt")
     samples: int = option(64, "images that --adapt generates")
     test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
     judge_steps: int = 500
