@@ -65,7 +65,7 @@ class Settings:
     kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(25, "support images of a task (--adapt: 25, or all)")
+    shots: int = option(25, "support images of a task; --adapt: all, if fewer")
     inner_steps: int = option(10, "inner steps on the support")
     inner_lr: float = option(0.1, "G's inner rate to begin with, at most 0.5; D's is a fifth")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
