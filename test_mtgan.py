@@ -243,8 +243,7 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
                         or original(domains, classes, n))
-    line = f"--source strokes --target shapes:0-5 --dry-run --out {tmp_path}"
-    settings = mtgan.parse(line.split())
+    settings = mtgan.Settings(("strokes",), ("shapes:0-5",), out=tmp_path, **mtgan.DRY_RUN)
     domains = mtgan.load_domains(settings)
     mtgan.train_all(domains, settings)
     assert domains.test == ["shapes 4", "shapes 5"]
@@ -285,6 +284,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
         return [[p.clone() for p in theta] for theta in thetas]
     found = adapted([*start, rates], 5)
     assert len(seen) == 2 and distance(found[5], seen[1][0][:8]) == 0
+    assert [adam.param_groups[0]["lr"] for adam in seen[0][1]] == [1e-3, 2e-3]
     torch.manual_seed(1)
     theta, phi = [p.requires_grad_() for p in start[:8]], [p.requires_grad_() for p in start[8:]]
     for k in range(3):
