@@ -516,7 +516,7 @@ def filmstrip(rows, args):
 # 8  Data and files ---
 HELD_OUT = 3  # classes of a data set, a third at most, that no GAN's training sees
 SAVE_SECONDS = 30  # between states
-FREE = "source", "target", "data_dir", "out", "device", "test"  # a checksum guards these
+FREE = "source", "target", "data_dir", "out", "device"  # may change: a checksum guards them
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()  # to know its own pictures by
 SIGNATURE.add_text("Software", "mtgan.py")
