@@ -18,9 +18,10 @@ and less. Most domains are made up (section 5): the few real ones would be learn
 Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a):
 
     (1) the game      L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))
-                      L_G = mean softplus(-D(G(z)))
-    (2) inner step    phi'   = phi   - a_phi   dL_D/dphi        theta held constant
-                      theta' = theta - a_theta dL_G/dtheta      the same z, phi' held constant
+                      L_G = mean softplus(-D(G(z))) + c e(G(z), R)    e: `energy_distance`
+    (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
+                      theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
+                      u(g) = g / rms(g)                         of each weight and bias
     (3) outer step    start <- start - optimiser(unit(g/|g| + w r/|r|))     w falls from 1 to 0
                       g = d score / d start                                   MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
@@ -66,10 +67,10 @@ class Settings:
     dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
     shots: int = option(25, "support images of a task; --adapt: all, if fewer")
-    inner_steps: int = option(10, "inner steps on the support")
-    inner_lr: float = option(0.1, "G's inner rate to begin with, at most 0.5; D's is a fifth")
+    inner_steps: int = option(5, "inner steps on the support")
+    inner_lr: float = option(2e-3, "G's inner rate to begin with; D's is half of it")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
-    meta_steps: int = option(1000, "episodes")
+    meta_steps: int = option(2000, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
     meta_lr: float = option(1e-3, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
@@ -119,13 +120,11 @@ def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
 # 2  The game, and a score that no player can cheat ---
+ENERGY = 0.1  # c, weight of the energy distance in G's loss
+
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
-
-def loss_g(fake_logits):
-    """G's non-saturating loss, equation (1) (Goodfellow et al. 2014, arXiv 1406.2661)  # [T]"""
-    return F.softplus(-fake_logits).mean(-1)
 
 def energy_distance(x, y):
     """The score: 2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, d] and y [T, m, d]  # [T]
@@ -137,8 +136,13 @@ def energy_distance(x, y):
     distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # products round
     def within(images):  # none is compared with itself
         n = images.shape[1]
-        return distance(images, images).sum((1, 2)) / (n * (n - 1))
+        return distance(images, images).sum((1, 2)) / max(1, n * (n - 1))
     return 2 * distance(x, y).mean((1, 2)) - within(x) - within(y)
+
+def loss_g(fake_logits, fake, real):
+    """G's loss, equation (1): the non-saturating one (Goodfellow et al. 2014, arXiv 1406.2661), and
+    the distance. D judges every image alone; the distance sees that they are too alike.  # [T]"""
+    return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
 # 3  Inner loop: the players adapt to a task ---
 FAKES = 25  # generated images in an inner step
@@ -161,15 +165,20 @@ def inner_step(theta, phi, rates, real, second_order=True):
     loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
     phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
     shown = fake.view_as(fake)  # an alias: phi' was made from fake, and must be held constant
-    loss = loss_g(discriminator(phi, shown)).sum()
+    loss = loss_g(discriminator(phi, shown), shown, real).sum()
     of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
     theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
     return theta, phi
 
 def descend(parameters, rates, gradients):
-    """p - a dL/dp for weights and biases, with a rate a for every layer  # rates [4]"""
+    """p - a u(g) for weights and biases, with a rate a for every layer  # rates [4]
+
+    u(g) has a root mean square of 1 in every tensor: a step has the same length in every task. With
+    a g, tasks whose gradients are small would learn little, and no one rate would suit all."""
+    def u(g):  # [T, ...]
+        return g / g.square().mean(tuple(range(1, g.dim())), keepdim=True).add(1e-20).sqrt()
     rates = rates.repeat_interleave(2)
-    return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
+    return [p - a * u(g) for p, a, g in zip(parameters, rates, gradients)]
 
 # 4  Outer loop: the initialisation learns ---
 class Episode(NamedTuple):
@@ -287,7 +296,6 @@ def level_sets(pen, n):
 # 6  Training; `training`, in section 8, is a range that saves, goes on and prints `numbers` ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
 R1 = 10  # weight of its penalty
-MAX_RATE = 0.5  # of an inner step; without it one grew to 25
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
@@ -310,7 +318,7 @@ def gan_step(leaves, optimizers, real, fakes):
     fake = generator(theta, noise(len(real), fakes))
     d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
     finite_d = update(optimizers[1:], phi, grad(d, phi))
-    g = loss_g(discriminator(phi, fake)).sum()
+    g = loss_g(discriminator(phi, fake), fake, real.detach()).sum()
     finite_g = update(optimizers[:1], theta, grad(g, theta))
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
@@ -326,7 +334,7 @@ def train_gan(stage, start, steps, domains, args):
 
 def meta_train(warm, domains, args):
     """Episodes and outer steps, from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
-    rates = args.inner_lr * torch.tensor([[1.0], [0.2]])  # D diverges sooner
+    rates = args.inner_lr * torch.tensor([[1.0], [0.5]])
     log_rates = rates.log().repeat(args.inner_steps, 1, 4)  # [steps, G or D, layer]
     leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
@@ -341,30 +349,29 @@ def meta_train(warm, domains, args):
         # w, of "both": Reptile makes a quick beginning, MAML alone the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
-        leaves[-1].data.clamp_(max=math.log(MAX_RATE))
         numbers.update(finite=finite, loss=loss.item())
     return leaves
 
 def train_all(domains, args):
     """All trainings. Returns the initialisation. Its baseline, transfer, is more ordinary training
-    instead of episodes, kept in state/. It sees more: 4 x 64 images, an episode 2 x (25 + 64)."""
+    instead of episodes, kept in state/. It sees more: 3 x 64 images, an episode 2 x (25 + 64)."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    train_gan("transfer", warm, 4 * args.meta_batch * args.meta_steps, domains, args)
+    train_gan("transfer", warm, 3 * args.meta_batch * args.meta_steps, domains, args)
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
-GO_ON_LRS = 2e-4, 6e-4  # Adam's rates after the learned steps, G's and D's
-TRANSFER_LRS = 5e-4, 2e-3  # Adam's without learned steps, for both; D's thrice G's is no better
+GO_ON_LR = 5e-4  # Adam's rate after the learned steps
+TRANSFER_LRS = 5e-4, 2e-3  # without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
 
-def few_shot(start, lrs, support):
+def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
 
     start: [*theta, *phi, log_rates] for the learned inner steps, then Adam (gan_step, all layers)
-    at the rates lrs of G and D, or [*theta, *phi] for Adam alone.
+    at the rate lr, or [*theta, *phi] for Adam alone.
     """
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
@@ -374,7 +381,7 @@ def few_shot(start, lrs, support):
         theta, phi = inner_step(theta, phi, rates, support, second_order=False)
         yield theta
     leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
-    optimizers = [adam(leaves[:8], lrs[0]), adam(leaves[8:], lrs[1])]
+    optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
     while True:
         gan_step(leaves, optimizers, support, FAKES)
         yield leaves[:8]
@@ -441,7 +448,7 @@ def judge_samples(x, support, query, label, judge):
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
-    """Test {method: (start, Adam's rates)} on the same images of the held-out targets. Returns
+    """Test {method: (start, Adam's rate)} on the same images of the held-out targets. Returns
     rows, a dict for every method, draw, number of steps and target."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
@@ -454,7 +461,7 @@ def meta_test(starts, judge, domains, args):
         if method == "no GAN":
             samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
         else:
-            thetas = enumerate(few_shot(*starts[method], episode.support))
+            thetas = enumerate(few_shot(episode.support, *starts[method]))
             samples = [(method, steps, generator(theta, noise(len(domains.test), n)).detach())
                        for steps, theta in itertools.islice(thetas, args.test_steps[-1] + 1)
                        if steps in args.test_steps]
@@ -532,7 +539,7 @@ def load_domains(args):
         names = [f"{title} {label}" for label in classes]
         titles.append(title)
         side.extend(names)
-        few = len(names) if args.test else min(HELD_OUT, max(1, len(names) // 3))
+        few = len(names) if args.test is not None else min(HELD_OUT, max(1, len(names) // 3))
         held_out.update(names[-few:])
         for name, content in zip(names, classes.values()):
             require(len(content) >= args.shots + 4,  # a test compares 2 with 2
@@ -542,7 +549,7 @@ def load_domains(args):
     sources, targets = ([name for name in side if name not in held_out] for side in sides)
     train = [(s, t) for s, t in dict.fromkeys(itertools.product(sources, targets)) if s != t]
     test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
-    require(len(images) > 1 and (train or args.test),
+    require(len(images) > 1 and (train or args.test is not None),
             "too few classes: 2 to test, and to train, a third of each data set is held out")
     fewest = min(len(content) for content in images.values())
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
@@ -775,11 +782,11 @@ def run(args):
             half = [p.detach().half() for p in train_all(domains, args)]
             save(out / "mtgan.pt", {"start": half, "domains": title})
             start = [p.float() for p in half]  # tested as it is saved
-        starts = {"MT-GAN": (start, GO_ON_LRS)}
+        starts = {"MT-GAN": (start, GO_ON_LR)}
         transfer = Path(args.test or out, "state", "transfer.pt")
         if transfer.exists():
             _, _, leaves, _ = load(transfer)
-            starts |= {f"transfer, Adam {lr:g}": (leaves, (lr, lr)) for lr in TRANSFER_LRS}
+            starts |= {f"transfer, Adam {lr:g}": (leaves, lr) for lr in TRANSFER_LRS}
         rows = meta_test(starts, train_judge(domains, args), domains, args)
         save(out / "adaptation.png", filmstrip(rows, args))
         save(path, {**report, "rows": rows})
@@ -800,7 +807,7 @@ def deploy(args):
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
     support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
-    thetas = few_shot(saved["start"], GO_ON_LRS, support)
+    thetas = few_shot(support, saved["start"])
     theta = next(itertools.islice(thetas, args.steps, None))
     samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
     require(all(p.isfinite().all() for p in theta), "the adaptation diverged: take fewer --steps")
