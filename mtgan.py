@@ -21,7 +21,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
                       L_G = mean softplus(-D(G(z))) + c e(G(z), R)    e: `energy_distance`
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
-                      u(g) = g / rms(g)                         of each weight and bias
+                      u(g) = g / rms(g), for each weight and bias
     (3) outer step    start <- start - optimiser(unit(g/|g| + w r/|r|))     w falls from 1 to 0
                       g = d score / d start                                   MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
@@ -68,7 +68,7 @@ class Settings:
     algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
     shots: int = option(25, "support images of a task; --adapt: all, if fewer")
     inner_steps: int = option(5, "inner steps on the support")
-    inner_lr: float = option(2e-3, "G's inner rate to begin with; D's is half of it")
+    inner_lr: float = option(2e-3, "G's inner rate to begin with, twice D's")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
     meta_steps: int = option(2000, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
@@ -120,7 +120,7 @@ def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
 # 2  The game, and a score that no player can cheat ---
-ENERGY = 0.1  # c, weight of the energy distance in G's loss
+ENERGY = 0.1  # c in G's loss
 
 def loss_d(real_logits, fake_logits):
     """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
@@ -140,8 +140,8 @@ def energy_distance(x, y):
     return 2 * distance(x, y).mean((1, 2)) - within(x) - within(y)
 
 def loss_g(fake_logits, fake, real):
-    """G's loss, equation (1): the non-saturating one (Goodfellow et al. 2014, arXiv 1406.2661), and
-    the distance. D judges every image alone; the distance sees that they are too alike.  # [T]"""
+    """G's loss, equation (1): non-saturating (Goodfellow et al. 2014, arXiv 1406.2661) and the
+    distance. D sees one image at a time; the distance sees that all are too alike.  # [T]"""
     return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
 # 3  Inner loop: the players adapt to a task ---
@@ -150,7 +150,7 @@ FAKES = 25  # generated images in an inner step
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
-    theta, phi: [T, ...] each; rates [2, 4]: one for each player and layer, new in each step
+    theta, phi: [T, ...]; rates [2, 4]: for each player and layer, new in each step
     (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph of this step.
 
     The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
@@ -171,10 +171,8 @@ def inner_step(theta, phi, rates, real, second_order=True):
     return theta, phi
 
 def descend(parameters, rates, gradients):
-    """p - a u(g) for weights and biases, with a rate a for every layer  # rates [4]
-
-    u(g) has a root mean square of 1 in every tensor: a step has the same length in every task. With
-    a g, tasks whose gradients are small would learn little, and no one rate would suit all."""
+    """p - a u(g), equation (2), for weights and biases, with a rate a for every layer: rates [4].
+    A step of u is as long in every task; one of g is short where gradients are small."""
     def u(g):  # [T, ...]
         return g / g.square().mean(tuple(range(1, g.dim())), keepdim=True).add(1e-20).sqrt()
     rates = rates.repeat_interleave(2)
@@ -346,15 +344,15 @@ def meta_train(warm, domains, args):
             optimizer.param_groups[0]["lr"] = factor * lr
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
         episode = split(made_up(images), args.shots)
-        # w, of "both": Reptile makes a quick beginning, MAML alone the better start in the end.
+        # Reptile makes a quick beginning, MAML alone the better start in the end.
         loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         numbers.update(finite=finite, loss=loss.item())
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation. Its baseline, transfer, is more ordinary training
-    instead of episodes, kept in state/. It sees more: 3 x 64 images, an episode 2 x (25 + 64)."""
+    """All trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: 3 more
+    ordinary steps, 3 x 64 images, for every episode of 2 x (25 + 64)."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
     train_gan("transfer", warm, 3 * args.meta_batch * args.meta_steps, domains, args)
@@ -369,10 +367,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 
 def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
-
     start: [*theta, *phi, log_rates] for the learned inner steps, then Adam (gan_step, all layers)
-    at the rate lr, or [*theta, *phi] for Adam alone.
-    """
+    at the rate lr, or [*theta, *phi] for Adam alone."""
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
@@ -522,7 +518,7 @@ def filmstrip(rows, args):
 
 # 8  Data and files ---
 HELD_OUT = 3  # classes of a data set, a third at most, that no GAN's training sees
-SAVE_SECONDS = 30  # between states
+SAVE_SECONDS = 30
 FREE = "source", "target", "data_dir", "out", "device"  # may change: a checksum guards them
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
 SIGNATURE = PngImagePlugin.PngInfo()  # to know its own pictures by
@@ -644,8 +640,8 @@ def reseed(*key):
     torch.manual_seed(random.getrandbits(32))
 
 def training(stage, steps, tensors, optimizers, args):
-    """The loop of all trainings: yields (step, numbers); numbers takes what a step has to say, and
-    whether it was "finite". Tensors and optimizers are saved: after `kill -9` the same bits follow.
+    """Yields (step, numbers); a step puts into numbers what it has to say, and whether it was
+    "finite". Tensors and optimizers are saved: after `kill -9` the same bits follow.
     """
     path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
@@ -684,7 +680,7 @@ def load(path, *keys):
         else:
             content = torch.load(path, torch.get_default_device(), weights_only=True)
         return content if not keys else {key: content[key] for key in keys}
-    except Exception as error:  # of a foreign file
+    except Exception as error:
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
@@ -772,7 +768,7 @@ def run(args):
         args.inner_steps = len(start[-1])
         crc = zlib.crc32(torch.cat([p.flatten() for p in start]).cpu().numpy(), crc)
     report = {"settings": {**asdict(args), "checksum": crc}, "domains": title}
-    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
+    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples: lists
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
@@ -794,8 +790,7 @@ def run(args):
     say(f"\n{out}: report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(args):
-    """Adapt a start to a user's pictures. Writes samples.png, each sample as a PNG, and with a
-    --source translation.png."""
+    """Adapt a start to a user's pictures, and write what it draws."""
     saved, out, sets = load_start(args.adapt), Path(args.out), []
     for spec in (*args.source, *args.target):
         title, classes = load_dataset(spec, args.data_dir)
@@ -823,7 +818,7 @@ def deploy(args):
 def main(argv=None):
     """Returns the exit code, 2 for what a user can put right."""
     global KERNEL
-    for stream in (sys.stdout, sys.stderr):  # a notebook's, or a closed one, cannot
+    for stream in (sys.stdout, sys.stderr):  # a notebook's cannot
         getattr(stream, "reconfigure", dict)(errors="replace")  # for letters a console lacks
     try:
         args = parse(argv)
