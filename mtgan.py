@@ -21,7 +21,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
                       L_G = mean softplus(-D(G(z))) + c e(G(z), R)    e: `energy_distance`
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
-                      u(g) = g / rms(g), for each weight and bias
+                      u(g) = g / rms(g), rms over each tensor
     (3) outer step    start <- start - optimiser(unit(g/|g| + w r/|r|))     w falls from 1 to 0
                       g = d score / d start                                   MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
@@ -127,7 +127,7 @@ def loss_d(real_logits, fake_logits):
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
 
 def energy_distance(x, y):
-    """The score: 2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, d] and y [T, m, d]  # [T]
+    """e, the score: 2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, d] and y [T, m, d]  # [T]
 
     Its expectation is least, and 0, where both have one distribution (for GANs Bellemare et al.
     2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
@@ -151,7 +151,7 @@ def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
 
     theta, phi: [T, ...]; rates [2, 4]: for each player and layer, new in each step
-    (Antoniou et al. 2019, arXiv 1810.09502). second_order keeps the graph of this step.
+    (Antoniou et al. 2019, arXiv 1810.09502). second_order: gradients keep their graph.
 
     The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
     and theta from a step against this very phi. grad would follow that path, but must hold theta
@@ -185,7 +185,7 @@ class Episode(NamedTuple):
     query: torch.Tensor  # [T, queries, 784], none of them in the support
 
 def meta_gradient(leaves, episode, algorithm, w=1.0):
-    """Score of an episode, and its gradient with respect to leaves = [*theta, *phi, log_rates].
+    """Score of an episode, and what to descend along for leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   first order: the steps' gradients are constants (the same paper). phi_0 reaches the
@@ -306,8 +306,8 @@ def update(optimizers, leaves, gradients):
     return finite
 
 def gan_step(leaves, optimizers, real, fakes):
-    """An ordinary step of D, then of G: real images [T, B, 784], `fakes` generated ones. R1 weighs
-    a penalty on D's slope: the players circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
+    """A step of D, then of G, by optimisers: real images [T, B, 784], `fakes` generated ones. R1
+    weighs a penalty on D's slope: they circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
     theta, phi = leaves[:8], leaves[8:]
     real = real.detach().requires_grad_()
     logits = discriminator(phi, real)
@@ -316,7 +316,7 @@ def gan_step(leaves, optimizers, real, fakes):
     fake = generator(theta, noise(len(real), fakes))
     d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
     finite_d = update(optimizers[1:], phi, grad(d, phi))
-    g = loss_g(discriminator(phi, fake), fake, real.detach()).sum()
+    g = loss_g(discriminator(phi, fake), fake, real).sum()
     finite_g = update(optimizers[:1], theta, grad(g, theta))
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
@@ -351,7 +351,7 @@ def meta_train(warm, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """All trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: 3 more
+    """GAN trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: 3 more
     ordinary steps, 3 x 64 images, for every episode of 2 x (25 + 64)."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
@@ -367,8 +367,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 
 def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
-    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam (gan_step, all layers)
-    at the rate lr, or [*theta, *phi] for Adam alone."""
+    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr, of all
+    layers and in place; or [*theta, *phi] for Adam alone."""
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
