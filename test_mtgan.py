@@ -256,6 +256,7 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     """Reptile's share and the outer rate fall; an episode has the source and target of a pair."""
     seen, original = [], mtgan.update
     def gradient(leaves, episode, algorithm, w):
+        assert seen or torch.allclose(leaves[-1][0].exp().T, torch.tensor([2e-3, 1e-3]))
         seen.append(w)
         source, target = ((episode.support[:, 0, 0] + 1) * 127.5).round().int()
         assert source in (0, 1, 2) and target in (3, 4, 5)
@@ -267,7 +268,7 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr(mtgan, "meta_gradient", gradient)
     monkeypatch.setattr(mtgan, "update", update)
     monkeypatch.setattr(mtgan, "DRAWN", 0)
-    args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, inner_lr=0.4, out=str(tmp_path))
+    args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, out=str(tmp_path))
     mtgan.meta_train(mtgan.new_parameters(), numbered(), args)
     assert seen[::2] == [1, 0.75, 0.5, 0.25]
     assert np.allclose(seen[1::2], np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 6]))
