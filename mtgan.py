@@ -70,7 +70,7 @@ class Settings:
     inner_steps: int = option(5, "inner steps on the support")
     inner_lr: float = option(2e-3, "G's inner rate to begin with, twice D's")
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
-    meta_steps: int = option(2000, "episodes")
+    meta_steps: int = option(500, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
     meta_lr: float = option(1e-3, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
@@ -145,7 +145,7 @@ def loss_g(fake_logits, fake, real):
     return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
 # 3  Inner loop: the players adapt to a task ---
-FAKES = 25  # generated images in an inner step
+FAKES = 64  # generated images in a step, more than the support has: they cost only time
 
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
@@ -196,15 +196,13 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
     """
     tasks, queries, _ = episode.query.shape
     shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi, loss, steps = shared[:8], shared[8:], 0, len(rates)
-    # Scored half-way as well, so that few steps are worth something (Antoniou et al. 2019).
-    scored = {(steps + 1) // 2, steps}
+    theta, phi, loss = shared[:8], shared[8:], 0
     second_order = algorithm in ("maml", "both")
-    for step, step_rates in enumerate(rates, 1):
+    for step_rates in rates:
         theta, phi = inner_step(theta, phi, step_rates, episode.support, second_order)
-        if step in scored:
-            fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
-            loss = loss + energy_distance(fake, episode.query).mean() / len(scored)
+        # Each step is scored, so that few are worth something (Antoniou et al. 2019).
+        fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
+        loss = loss + energy_distance(fake, episode.query).mean() / len(rates)
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
@@ -305,15 +303,15 @@ def update(optimizers, leaves, gradients):
             optimizer.step()
     return finite
 
-def gan_step(leaves, optimizers, real, fakes):
-    """A step of D, then of G, by optimisers: real images [T, B, 784], `fakes` generated ones. R1
-    weighs a penalty on D's slope: they circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
+def gan_step(leaves, optimizers, real):
+    """A step of D, then of G, by optimisers, on real images [T, B, 784]. R1 weighs a penalty on
+    D's slope: the players circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
     theta, phi = leaves[:8], leaves[8:]
     real = real.detach().requires_grad_()
     logits = discriminator(phi, real)
     gradient, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
     penalty = R1 / 2 * gradient.square().sum(-1).mean(-1)  # [T]
-    fake = generator(theta, noise(len(real), fakes))
+    fake = generator(theta, noise(len(real), FAKES))
     d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
     finite_d = update(optimizers[1:], phi, grad(d, phi))
     g = loss_g(discriminator(phi, fake), fake, real).sum()
@@ -327,7 +325,7 @@ def train_gan(stage, start, steps, domains, args):
     for _, numbers in training(stage, steps, leaves, optimizers, args):
         real = made_up(sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4))
         real = real.reshape(1, GAN_BATCH, PIXELS)
-        numbers.update(gan_step(leaves, optimizers, real, GAN_BATCH))
+        numbers.update(gan_step(leaves, optimizers, real))
     return leaves
 
 def meta_train(warm, domains, args):
@@ -351,11 +349,11 @@ def meta_train(warm, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """GAN trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: 3 more
-    ordinary steps, 3 x 64 images, for every episode of 2 x (25 + 64)."""
+    """GAN trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: for
+    every episode 12 more ordinary steps, which take no less time and see more images."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    train_gan("transfer", warm, 3 * args.meta_batch * args.meta_steps, domains, args)
+    train_gan("transfer", warm, 12 * args.meta_batch * args.meta_steps, domains, args)
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
@@ -379,7 +377,7 @@ def few_shot(support, start, lr=GO_ON_LR):
     leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
     optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
     while True:
-        gan_step(leaves, optimizers, support, FAKES)
+        gan_step(leaves, optimizers, support)
         yield leaves[:8]
 
 def translate(theta, images):
