@@ -12,8 +12,8 @@ A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain 
 alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
 score tells how far images of the adapted G are from other real ones, the *query*; then one *outer*
 step changes the initialisation. *MAML* follows the gradient of that score through all inner steps.
-*Reptile* goes where they have led, without any derivative. By default both are added, Reptile less
-and less. Most domains are made up (section 5): the few real ones would be learned by heart.
+*Reptile* goes where they have led, without any derivative. By default both are added. Most domains
+are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a):
 
@@ -22,7 +22,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(g) = g / rms(g), rms over each tensor
-    (3) outer step    start <- start - optimiser(unit(g/|g| + w r/|r|))     w falls from 1 to 0
+    (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
                       g = d score / d start                                   MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
@@ -184,7 +184,7 @@ class Episode(NamedTuple):
     support: torch.Tensor  # [T, shots, 784]
     query: torch.Tensor  # [T, queries, 784], none of them in the support
 
-def meta_gradient(leaves, episode, algorithm, w=1.0):
+def meta_gradient(leaves, episode, algorithm):
     """Score of an episode, and what to descend along for leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
@@ -192,7 +192,7 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
              score only through them: it gets no gradient, nor do D's rates
     reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
-    both     g/|g| + w r/|r|, equation (3)
+    both     g/|g| + r/|r|, equation (3)
     """
     tasks, queries, _ = episode.query.shape
     shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
@@ -209,7 +209,7 @@ def meta_gradient(leaves, episode, algorithm, w=1.0):
         return loss.detach(), reptile
     gradient = grad(loss, leaves, materialize_grads=True)
     if algorithm == "both":
-        gradient = [g + w * r for g, r in zip(unit(gradient), unit(reptile))]
+        gradient = [g + r for g, r in zip(unit(gradient), unit(reptile))]
     return loss.detach(), gradient
 
 def for_tasks(parameters, tasks):
@@ -336,14 +336,12 @@ def meta_train(warm, domains, args):
     optimizers, steps = outer_optimizers(leaves), args.meta_steps
     n = min(args.shots + QUERIES, domains.fewest)
     for step, numbers in training("meta-training", steps, leaves, optimizers, args):
-        left = 1 - step / steps
-        lr = args.meta_lr * min(1, 2 * left)  # falls to 0 in the second half
+        lr = args.meta_lr * min(1, 2 - 2 * step / steps)  # falls to 0 in the second half
         for optimizer, factor in zip(optimizers, (1, 1, 6)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
         episode = split(made_up(images), args.shots)
-        # Reptile makes a quick beginning, MAML alone the better start in the end.
-        loss, gradient = meta_gradient(leaves, episode, args.algorithm, w=left)
+        loss, gradient = meta_gradient(leaves, episode, args.algorithm)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         numbers.update(finite=finite, loss=loss.item())
     return leaves

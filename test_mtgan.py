@@ -83,9 +83,9 @@ def small(monkeypatch, request):
     yield leaves, mtgan.Episode(support, query)
     torch.set_default_dtype(torch.float32)
 
-def meta_gradient(leaves, episode, algorithm="maml", *share):
+def meta_gradient(leaves, episode, algorithm="maml"):
     torch.manual_seed(5)
-    return mtgan.meta_gradient(leaves, episode, algorithm, *share)
+    return mtgan.meta_gradient(leaves, episode, algorithm)
 
 def by_loop(leaves, episode, **options):
     torch.manual_seed(5)
@@ -146,9 +146,8 @@ def test_both_adds_two_directions_of_length_one(small):
     leaves, episode = small
     gradient, back = (meta_gradient(leaves, episode, name)[1] for name in ("maml", "reptile"))
     norms = [torch.cat([t.flatten() for t in parts]).norm() for parts in (gradient, back)]
-    for share in (1, 0.3):
-        expected = [g / norms[0] + share * r / norms[1] for g, r in zip(gradient, back)]
-        assert distance(meta_gradient(leaves, episode, "both", share)[1], expected) < 1e-12
+    expected = [g / norms[0] + r / norms[1] for g, r in zip(gradient, back)]
+    assert distance(meta_gradient(leaves, episode, "both")[1], expected) < 1e-12
 
 @pytest.mark.skipif(bool(kernels.why_not_triton("cpu")), reason="triton's interpreter is not on")
 @pytest.mark.parametrize("small", [2], indirect=True)
@@ -249,11 +248,10 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
 
 @patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1))
 def test_the_outer_loops_schedule(tmp_path, monkeypatch):
-    """Reptile's share and the outer rate fall; an episode has the source and target of a pair."""
+    """The outer rate falls; an episode has the source and target of a pair."""
     seen, original = [], mtgan.update
-    def gradient(leaves, episode, algorithm, w):
+    def gradient(leaves, episode, algorithm):
         assert seen or torch.allclose(leaves[-1][0].exp().T, torch.tensor([2e-3, 1e-3]))
-        seen.append(w)
         source, target = ((episode.support[:, 0, 0] + 1) * 127.5).round().int()
         assert source in (0, 1, 2) and target in (3, 4, 5)
         return torch.zeros(()), [torch.full_like(leaf, 1e3) for leaf in leaves]
@@ -266,8 +264,7 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr(mtgan, "DRAWN", 0)
     args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, out=str(tmp_path))
     mtgan.meta_train(mtgan.new_parameters(), numbered(), args)
-    assert seen[::2] == [1, 0.75, 0.5, 0.25]
-    assert np.allclose(seen[1::2], np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 6]))
+    assert np.allclose(seen, np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 6]))
 
 # Meta-testing -------------------------------------------------------------------------------------
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
