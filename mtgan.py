@@ -10,10 +10,10 @@ generator G and a discriminator D, so that on a new domain a few images and step
 A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain of which only a few
 *shots* are given, its *support*. An *episode* has a pair of domains, a source and a target, treated
 alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
-score tells how far images of the adapted G are from other real ones, the *query*; then one *outer*
-step changes the initialisation. *MAML* follows the gradient of that score through all inner steps.
-*Reptile* goes where they have led, without any derivative. By default both are added. Most domains
-are made up (section 5): the few real ones would be learned by heart.
+score tells after every step how far images of this G are from other real ones, the *query*; then
+one *outer* step changes the initialisation. *MAML* follows the gradient of the score through all
+inner steps. *Reptile* goes where they have led, without any derivative. By default both are added.
+Most domains are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a):
 
@@ -23,7 +23,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(g) = g / rms(g), rms over each tensor
     (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
-                      g = d score / d start                                   MAML
+                      g = d (mean score) / d start                            MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
@@ -133,7 +133,7 @@ def energy_distance(x, y):
     2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
     the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
     """
-    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # products round
+    distance = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")  # more exact
     def within(images):  # none is compared with itself
         n = images.shape[1]
         return distance(images, images).sum((1, 2)) / max(1, n * (n - 1))
@@ -145,7 +145,7 @@ def loss_g(fake_logits, fake, real):
     return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
 # 3  Inner loop: the players adapt to a task ---
-FAKES = 64  # generated images in a step, more than the support has: they cost only time
+FAKES = 64  # generated images in a step; more than the shots, for they cost only time
 
 def inner_step(theta, phi, rates, real, second_order=True):
     """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
@@ -196,21 +196,21 @@ def meta_gradient(leaves, episode, algorithm):
     """
     tasks, queries, _ = episode.query.shape
     shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi, loss = shared[:8], shared[8:], 0
+    theta, phi, score = shared[:8], shared[8:], 0
     second_order = algorithm in ("maml", "both")
     for step_rates in rates:
         theta, phi = inner_step(theta, phi, step_rates, episode.support, second_order)
         # Each step is scored, so that few are worth something (Antoniou et al. 2019).
         fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
-        loss = loss + energy_distance(fake, episode.query).mean() / len(rates)
+        score = score + energy_distance(fake, episode.query).mean() / len(rates)
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
-        return loss.detach(), reptile
-    gradient = grad(loss, leaves, materialize_grads=True)
+        return score.detach(), reptile
+    gradient = grad(score, leaves, materialize_grads=True)
     if algorithm == "both":
         gradient = [g + r for g, r in zip(unit(gradient), unit(reptile))]
-    return loss.detach(), gradient
+    return score.detach(), gradient
 
 def for_tasks(parameters, tasks):
     """An initialisation, shared by the tasks: [1, ...] -> [T, ...], without a copy."""
@@ -230,7 +230,7 @@ def adam(leaves, lr):
     """Adam with the short momentum that suits a game."""
     return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
 
-# 5  Tasks: pairs of domains, known or drawn ---
+# 5  Domains, known or made up, and their pairs ---
 QUERIES = 64  # images that score a generator
 DRAWN = 0.7  # share of the tasks whose domain is made up
 PEN, FILLED = 0.3, 0.57  # shares: outlines among them; of the others, what fills the frame
@@ -261,7 +261,8 @@ def split(images, shots):
     return Episode(images[:, :shots], images[:, shots:])
 
 def made_up(images):
-    """Known domains [T, n, 784], of which most are replaced by `level_sets`."""
+    """Known domains [T, n, 784], of which most are replaced by `level_sets`. None of these ever
+    returns: it must be learned from the support."""
     tasks, n, _ = images.shape
     drawn = level_sets(torch.rand(tasks) < PEN, n)
     return torch.where(torch.rand(tasks, 1, 1) < DRAWN, drawn, images)
@@ -269,8 +270,8 @@ def made_up(images):
 def level_sets(pen, n):
     """Images of nameless things: a smooth random field for a task, varied in each image.
 
-    Bright is where the field is positive or, with a pen, along its zero line. No such domain ever
-    returns: it must be learned from the support.  # pen: bool [T] -> [T, n, 784]
+    Bright is where the field is positive or, with a pen, along its zero line.
+    # pen: bool [T] -> [T, n, 784]
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
     def uniform(low, high):  # [T, 1, 1, 1]
@@ -319,7 +320,7 @@ def gan_step(leaves, optimizers, real):
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
 
 def train_gan(stage, start, steps, domains, args):
-    """Ordinary GAN training, on four `made_up` domains a step. Returns the parameters."""
+    """Ordinary GAN training, four domains a step, most of them made up. Returns the parameters."""
     leaves = [p.detach().clone().requires_grad_() for p in start]
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     for _, numbers in training(stage, steps, leaves, optimizers, args):
@@ -341,14 +342,14 @@ def meta_train(warm, domains, args):
             optimizer.param_groups[0]["lr"] = factor * lr
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
         episode = split(made_up(images), args.shots)
-        loss, gradient = meta_gradient(leaves, episode, args.algorithm)
+        score, gradient = meta_gradient(leaves, episode, args.algorithm)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
-        numbers.update(finite=finite, loss=loss.item())
+        numbers.update(finite=finite, score=score.item())
     return leaves
 
 def train_all(domains, args):
     """GAN trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: for
-    every episode 12 more ordinary steps, which take no less time and see more images."""
+    every pair of an episode 12 more ordinary steps, with more images and about the same time."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
     train_gan("transfer", warm, 12 * args.meta_batch * args.meta_steps, domains, args)
@@ -434,9 +435,10 @@ def judge_samples(x, support, query, label, judge):
     "nearest", the other is the Fréchet distance's reference. label: a class index."""
     fresh, reference = query.chunk(2)
     features, mine = judge[0](x), torch.cdist(x, support).amin(1).mean()
+    logits = judge[1](features)  # [n, classes]
     usual = torch.cdist(fresh, support).amin(1).mean().clamp(min=1e-9)
     return {"frechet": frechet_distance(features, judge[0](reference)),
-            "recognised": (judge[1](features).argmax(-1) == label).double().mean().item(),
+            "recognised": (logits.amax(-1) == logits[:, label]).double().mean().item(),
             "nearest": (mine / usual).item()}
 
 def meta_test(starts, judge, domains, args):
@@ -711,7 +713,7 @@ def refuse_differences(folder, old, new, *free):
 
 # 9  Command line ---
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
-           "judge_steps": 60, "test_steps": (0, 1, 2, 5)}
+           "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
 GENERAL = {"target", "data_dir", "out", "seed", "device", "kernel", "shots"}
 MODES = {"tables": {"tables"}, "test": {"test", "test_seeds", "dry_run", *GENERAL},
          "adapt": {"adapt", "source", "steps", "samples", *GENERAL}}

@@ -322,6 +322,7 @@ def test_judging_samples():
     assert judged(reference)["frechet"] < 1e-6 < judged(torch.zeros(40, 784))["frechet"]
     share = (judge(fresh).argmax(-1) == 0).double().mean()
     assert abs(judged(fresh)["recognised"] - share) < 1e-9
+    assert judged(fresh * math.nan)["recognised"] == 0      # of no class, not of the first
 
 # What a meta-step costs: python test_mtgan.py ----------------------------------------------------
 class Counted(TorchDispatchMode):       # counts the torch operators called
