@@ -36,9 +36,9 @@ def loss_g(phi, fake, real):
 
 def loop_tasks(leaves, episode, second_order=True):
     """Task after task of an episode: yields its loss and its adapted parameters."""
-    (support, query), steps, noises = episode, len(leaves[-1]), []
-    for _ in range(steps):
-        noises += [mtgan.noise(len(query), n) for n in (mtgan.FAKES, query.shape[1])]
+    support, query = episode
+    sizes = len(leaves[-1]) * [mtgan.FAKES, query.shape[1]]     # of a step, and of its score
+    noises = [mtgan.noise(len(query), n) for n in sizes]
     def descend(parameters, rates, loss_of):
         mine = [p.clone() for p in parameters]      # earlier steps do not depend on these
         gradients = grad(loss_of(mine), mine, create_graph=second_order, retain_graph=True)
