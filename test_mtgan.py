@@ -24,6 +24,9 @@ import kernels
 import mtgan
 from kernels import fused_linear
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = pytest.mark.skipif(bool(kernels.why_not_triton(DEVICE)), reason="triton cannot run here")
+
 # The plain loop over tasks: what the core must equal ----------------------------------------------
 def mlp(parameters, x, slope):      # a network of one task in plain PyTorch
     for i in range(0, len(parameters), 2):
@@ -149,21 +152,24 @@ def test_both_adds_two_directions_of_length_one(small):
     expected = [g / norms[0] + r / norms[1] for g, r in zip(gradient, back)]
     assert distance(meta_gradient(leaves, episode, "both")[1], expected) < 1e-12
 
-@pytest.mark.skipif(bool(kernels.why_not_triton("cpu")), reason="triton's interpreter is not on")
+@TRITON
 @pytest.mark.parametrize("small", [2], indirect=True)
 def test_meta_gradient_through_triton(small, monkeypatch):
     leaves, episode = small
-    _, expected = meta_gradient(leaves, episode)
-    monkeypatch.setattr(mtgan, "KERNEL", "triton")
-    assert distance(meta_gradient(leaves, episode)[1], expected) < 1e-10
+    leaves, episode = [v.to(DEVICE) for v in leaves], [v.to(DEVICE) for v in episode]
+    with torch.device(DEVICE):
+        _, expected = meta_gradient(leaves, mtgan.Episode(*episode))
+        monkeypatch.setattr(mtgan, "KERNEL", "triton")
+        _, gradient = meta_gradient(leaves, mtgan.Episode(*episode))
+    assert distance(gradient, expected) < 1e-10
 
 # Networks, game, score, optimisers ----------------------------------------------------------------
 def test_losses():
     real, fake = torch.tensor([[2.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
     expected = np.logaddexp(0, [-2, 1, -3, 0.5]).sum() / 2
     assert abs(mtgan.loss_d(real, fake).item() - expected) < 1e-6
-    images = torch.zeros(1, 2, 3), torch.ones(1, 1, 3)     # their distance: 2 * 3 ** 0.5
-    expected = np.logaddexp(0, [3, -0.5]).mean() + mtgan.ENERGY * 2 * 3 ** 0.5
+    images = torch.eye(3)[None, :2], torch.ones(1, 1, 3)   # distance: 2 * 2 ** 0.5 - 2 ** 0.5
+    expected = np.logaddexp(0, [3, -0.5]).mean() + mtgan.ENERGY * 2 ** 0.5
     assert abs(mtgan.loss_g(fake, *images).item() - expected) < 1e-6
     extreme = torch.tensor([-1e4, 1e4])
     assert (mtgan.loss_d(extreme, extreme) + mtgan.loss_g(extreme, *images)).isfinite()
@@ -332,6 +338,11 @@ class Counted(TorchDispatchMode):       # counts the torch operators called
         return function(*args, **(kwargs or {}))
 
 def memory_of(step):                # megabytes at its peak, on top of what is there; Linux tells
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back
@@ -363,15 +374,16 @@ def benchmark(repetitions=5):
     for _, name in itertools.product(range(repetitions), steps):        # they take turns
         began = time.perf_counter()
         steps[name]()
+        torch.ones(1).item()                                            # waits for a GPU
         seconds[name].append(time.perf_counter() - began)
-    print(f"{torch.get_num_threads()} threads, 2 tasks, {settings.inner_steps} "
+    print(f"{mtgan.KERNEL}, {torch.get_num_threads()} threads, 2 tasks, {settings.inner_steps} "
           f"inner steps\n{'':24}seconds  loop = 1  operators    MB")
     for name, step in steps.items():
         with Counted() as counted:
             step()
         median = statistics.median(seconds[name])
         ratio = median / statistics.median(seconds[name.split(",")[0] + ", plain loop"])
-        print(f"{name:24}{median:7.2f}{ratio:10.2f}{counted.calls:11}{memory[name]:6.0f}")
+        print(f"{name:24}{median:7.3f}{ratio:10.2f}{counted.calls:11}{memory[name]:6.0f}")
 
 def test_benchmark(small, capsys, monkeypatch):
     torch.set_default_dtype(torch.float32)
@@ -382,8 +394,6 @@ def test_benchmark(small, capsys, monkeypatch):
     assert int(ours) < 0.5 * int(loop)          # operators
 
 # kernels.py --------------------------------------------------------------------------------------
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TRITON = pytest.mark.skipif(bool(kernels.why_not_triton(DEVICE)), reason="triton cannot run here")
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=TRITON)])
 
 @pytest.fixture
@@ -891,4 +901,6 @@ def test_readmes_recipe():
 
 if __name__ == "__main__":
     kernels.keep_memory()
-    benchmark()
+    torch.set_default_device(DEVICE)
+    for mtgan.KERNEL in ("torch", "triton") if DEVICE == "cuda" else ("torch",):
+        benchmark()
