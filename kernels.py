@@ -60,7 +60,7 @@ if triton is not None:
                 signs = load_tile(y, y_strides, t, rows, inner, M, K)
                 left = tl.where(signs > 0, left, left * SLOPE)
             right = load_tile(b, b_strides, t, inner, columns, K, N)
-            acc = tl.dot(left, right, acc, input_precision=PRECISION)
+            acc = tl.dot(left, right, acc, PRECISION, out_dtype=acc.dtype)
             row_sums += tl.sum(left, 1)
 
         if not MASK_LEFT and SLOPE != 1:
