@@ -75,7 +75,7 @@ if triton is not None:
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, Σ a [T, M], for a [T, M, K] and b [T, K, N].
     m multiplies `a` if mask_left, else the result. It is read off y, or else off the result."""
-    if backend != "triton":                          # "auto" too, until a GPU has been measured
+    if backend != "triton":                          # "auto" too: faster on an H100 (README)
         times_m = torch.ops.aten.leaky_relu_backward     # (value, y, slope, True) is m * value
         if mask_left and slope != 1:
             a = times_m(a, y, slope, True)

@@ -15,15 +15,15 @@ one *outer* step changes the initialisation. *MAML* follows the gradient of the 
 inner steps. *Reptile* goes where they have led, without any derivative. By default both are added.
 Most domains are made up (section 5): the few real ones would be learned by heart.
 
-Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a):
+Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a; c = 0.1):
 
     (1) the game      L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))
                       L_G = mean softplus(-D(G(z))) + c e(G(z), R)    e: `energy_distance`
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
-                      u(g) = g / rms(g), rms over each tensor
+                      u(v) = v / rms(v), rms over each tensor
     (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
-                      g = d (mean score) / d start                            MAML
+                      g = d (mean score of the k steps) / d start             MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
@@ -133,7 +133,7 @@ def energy_distance(x, y):
     2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
     the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
     """
-    def distance(a, b):  # |a|^2 + |b|^2 - 2 a b; torch.cdist is slower  # [T, n, m]
+    def distance(a, b):  # |a|^2 + |b|^2 - 2 a b, and no slope at 0  # [T, n, m]
         squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(1)
         return torch.baddbmm(squares, a, b.mT, alpha=-2).clamp(min=1e-3).sqrt()
     def within(images):  # every pair once, none of an image with itself
@@ -155,10 +155,10 @@ def inner_step(theta, phi, rates, real, second_order=True):
     theta, phi: [T, ...]; rates [2, 4]: for each player and layer, new in each step
     (Antoniou et al. 2019, arXiv 1810.09502). second_order: gradients keep their graph.
 
-    The gradients are *partial*. D's loss depends on phi by the fakes as well: they come from theta,
-    and theta from a step against this very phi. grad would follow that path, but must hold theta
-    constant. So we ask it for an alias (view_as), a new tensor that theta has never met. To detach
-    the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
+    The gradients are *partial*. L_D depends on phi by a second path, phi -> theta -> fake -> L_D,
+    for theta was last stepped against this phi. `grad` would follow it, but theta must be held
+    constant. So we ask for the gradient of an alias (view_as), which theta has never met. To
+    detach the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
     """
     rates_g, rates_d = rates
     phi = [p.view_as(p) for p in phi]
@@ -234,8 +234,8 @@ def adam(leaves, lr):
 
 # 5  Domains, known or made up, and their pairs ---
 QUERIES = 64  # images that score a generator
-DRAWN = 0.7  # share of the tasks whose domain is made up
-PEN, FILLED = 0.3, 0.57  # shares: outlines among them; of the others, what fills the frame
+MADE_UP = 0.7  # share of the tasks whose domain is made up
+PEN, FILLED = 0.3, 0.57  # shares: outlines among those; of the rest, what covers the frame
 
 class Domains(NamedTuple):
     """All images of a run, and its pairs (source class, target class)."""
@@ -266,8 +266,8 @@ def made_up(images):
     """Known domains [T, n, 784], of which most are replaced by `level_sets`. None of these ever
     returns: it must be learned from the support."""
     tasks, n, _ = images.shape
-    drawn = level_sets(torch.rand(tasks) < PEN, n)
-    return torch.where(torch.rand(tasks, 1, 1) < DRAWN, drawn, images)
+    new = level_sets(torch.rand(tasks) < PEN, n)
+    return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, new, images)
 
 def level_sets(pen, n):
     """Images of nameless things: a smooth random field for a task, varied in each image.
@@ -292,7 +292,7 @@ def level_sets(pen, n):
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training; `training`, in section 8, is a range that saves, goes on and prints `numbers` ---
+# 6  Training; `training`, in section 8, is a range that saves, goes on, and prints numbers ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
 R1 = 10  # weight of its penalty
 
@@ -332,7 +332,7 @@ def train_gan(stage, start, steps, domains, args):
     return leaves
 
 def meta_train(warm, domains, args):
-    """Episodes and outer steps, from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
+    """Outer steps from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.5]])
     log_rates = rates.log().repeat(args.inner_steps, 1, 4)  # [steps, G or D, layer]
     leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
@@ -350,11 +350,11 @@ def meta_train(warm, domains, args):
     return leaves
 
 def train_all(domains, args):
-    """GAN trainings. Returns the initialisation. Its baseline, transfer, is kept in state/: for
-    every pair of an episode 12 more ordinary steps, with more images and about the same time."""
+    """Warm start, baseline, episodes. Returns the initialisation. The baseline, transfer, is
+    in state/: for every pair of an episode 20 more ordinary steps, which take about as long."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    train_gan("transfer", warm, 12 * args.meta_batch * args.meta_steps, domains, args)
+    train_gan("transfer", warm, 20 * args.meta_batch * args.meta_steps, domains, args)
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
@@ -366,8 +366,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 
 def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
-    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr, of all
-    layers and in place; or [*theta, *phi] for Adam alone."""
+    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr, in
+    place: one list for all its steps; or [*theta, *phi] for Adam alone."""
     shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
@@ -618,7 +618,7 @@ def read_image(path):
     with Image.open(path) as image:
         require(image.info.get("Software") != "mtgan.py", "drawn by mtgan.py")
         require(max(image.size) <= 56 * min(image.size), "too thin")
-        image.thumbnail((1024, 1024), Image.BOX)  # small first: kilobytes can hold gigabytes
+        image.thumbnail((1024, 1024), Image.BOX)  # kilobytes can hold gigabytes
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.nan_to_num(np.asarray(image, float))
@@ -684,7 +684,7 @@ def load(path, *keys):
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
-    """Under another name first: there is always a whole file, old or new."""
+    """Under another name first: always a whole file, old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".json":
@@ -692,7 +692,7 @@ def save(path, content):
     elif path.suffix == ".png":
         content.save(temporary, "PNG", pnginfo=SIGNATURE)
     else:
-        buffer = io.BytesIO()  # to a full disk torch raises no OSError
+        buffer = io.BytesIO()  # torch hides a full disk
         torch.save(content, buffer)
         temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
@@ -708,7 +708,7 @@ def claim(out, mark=""):
         raise UserError(f"another process is at work in {out}") from None
 
 def refuse_differences(folder, old, new, *free):
-    """Two reports must share images and settings; free: those that may differ."""
+    """Two reports must share images and settings; free: what may differ."""
     for name in sorted(new["settings"].keys() - {*FREE, *free}):
         before, value = (report["settings"].get(name) for report in (old, new))
         require(before == value, f"{folder} has {name} {before}, not {value}")
@@ -834,6 +834,7 @@ def main(argv=None):
         if KERNEL == "triton":
             require(not why_not_triton(args.device), why_not_triton(args.device))
         keep_memory()
+        torch.autograd.set_multithreading_enabled(False)  # faster on a GPU
         if args.adapt is None:
             run(args)
         else:
