@@ -10,9 +10,9 @@ generator G and a discriminator D, so that on a new domain a few images and step
 A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain of which only a few
 *shots* are given, its *support*. An *episode* has a pair of domains, a source and a target, treated
 alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
-score tells after every step how far images of this G are from other real ones, the *query*; then
-one *outer* step changes the initialisation. *MAML* follows the gradient of the score through all
-inner steps. *Reptile* goes where they have led, without any derivative. By default both are added.
+score tells how far images of this G are from other real ones, the *query*; then one *outer* step
+changes the initialisation. *MAML* follows the gradient of the score through all inner steps.
+*Reptile* goes where they have led, without any derivative. By default both are added.
 Most domains are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a; c = 0.1):
@@ -23,7 +23,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(v) = v / rms(v), rms over each tensor
     (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
-                      g = d (mean score of the k steps) / d start             MAML
+                      g = d (mean score of the tasks) / d start               MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
@@ -198,13 +198,12 @@ def meta_gradient(leaves, episode, algorithm):
     """
     tasks, queries, _ = episode.query.shape
     shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi, score = shared[:8], shared[8:], 0
+    theta, phi = shared[:8], shared[8:]
     second_order = algorithm in ("maml", "both")
     for step_rates in rates:
         theta, phi = inner_step(theta, phi, step_rates, episode.support, second_order)
-        # Each step is scored, so that few are worth something (Antoniou et al. 2019).
-        fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
-        score = score + energy_distance(fake, episode.query).mean() / len(rates)
+    fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
+    score = energy_distance(fake, episode.query).mean()
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":

@@ -40,7 +40,7 @@ def loss_g(phi, fake, real):
 def loop_tasks(leaves, episode, second_order=True):
     """Task after task of an episode: yields its loss and its adapted parameters."""
     support, query = episode
-    sizes = len(leaves[-1]) * [mtgan.FAKES, query.shape[1]]     # of a step, and of its score
+    sizes = len(leaves[-1]) * [mtgan.FAKES] + [query.shape[1]]      # of the steps, and the score
     noises = [mtgan.noise(len(query), n) for n in sizes]
     def descend(parameters, rates, loss_of):
         mine = [p.clone() for p in parameters]      # earlier steps do not depend on these
@@ -49,7 +49,7 @@ def loop_tasks(leaves, episode, second_order=True):
         return [p - a * g for p, a, g in zip(parameters, rates, gradients)]
     for t in range(len(query)):
         parameters = [p[0] for p in leaves[:-1]]
-        theta, phi, losses = parameters[:8], parameters[8:], []
+        theta, phi = parameters[:8], parameters[8:]
         rates = leaves[-1].exp().repeat_interleave(2, 2)    # [steps, 2, 8]
         own = iter([noise[t] for noise in noises])
         for rates_g, rates_d in rates:
@@ -59,9 +59,8 @@ def loop_tasks(leaves, episode, second_order=True):
                 mlp(phi, support[t], 0.2)[:, 0], mlp(phi, fake, 0.2)[:, 0]))
             theta = descend(theta, rates_g, lambda theta: loss_g(
                 phi, mlp(theta, z, 0).tanh(), support[t]))
-            fake = mlp(theta, next(own), 0).tanh()
-            losses.append(mtgan.energy_distance(fake[None], query[t][None])[0])
-        yield sum(losses) / len(losses), [*theta, *phi]
+        fake = mlp(theta, next(own), 0).tanh()
+        yield mtgan.energy_distance(fake[None], query[t][None])[0], [*theta, *phi]
 
 def loop_gradient(leaves, episode, algorithm):      # what `mtgan.meta_gradient` does for maml
     gradients, total = [torch.zeros_like(leaf) for leaf in leaves], 0
