@@ -154,7 +154,8 @@ def test_both_adds_two_directions_of_length_one(small):
 @TRITON
 @pytest.mark.parametrize("small", [2], indirect=True)
 def test_meta_gradient_through_triton(small, monkeypatch):
-    leaves, episode = [[v.to(DEVICE) for v in tensors] for tensors in small]
+    leaves, episode = small
+    leaves, episode = [v.to(DEVICE) for v in leaves], [v.to(DEVICE) for v in episode]
     with torch.device(DEVICE):
         _, expected = meta_gradient(leaves, mtgan.Episode(*episode))
         monkeypatch.setattr(mtgan, "KERNEL", "triton")
