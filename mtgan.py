@@ -12,7 +12,7 @@ A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain 
 alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
 score tells how far images of this G are from other real ones, the *query*; then one *outer* step
 changes the initialisation. *MAML* follows the gradient of the score through all inner steps.
-*Reptile* goes where they have led, without any derivative. By default both are added.
+*Reptile* goes where they have led, and differentiates through none. By default both are added.
 Most domains are made up (section 5): the few real ones would be learned by heart.
 
 Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a; c = 0.1):
@@ -23,7 +23,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(v) = v / rms(v), rms over each tensor
     (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
-                      g = d (mean score of the tasks) / d start               MAML
+                      g = d (mean score of the tasks) / d (start, log a)      MAML
                       r = start - mean over the tasks of (theta_k, phi_k)     Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
