@@ -358,7 +358,7 @@ def train_all(domains, args):
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
 GO_ON_LR = 5e-4  # Adam's rate after the learned steps
-TRANSFER_LRS = 5e-4, 2e-3  # without learned steps
+TRANSFER_LRS = 1e-3, 2e-3  # without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
