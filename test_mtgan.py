@@ -335,7 +335,7 @@ class Counted(TorchDispatchMode):       # counts the torch operators called
         self.calls += 1
         return function(*args, **(kwargs or {}))
 
-def memory_of(step):        # megabytes at its peak, on top of what is there; not a GPU's; Linux tells
+def memory_of(step):    # megabytes at its peak, on top of what is there; not on a GPU; Linux tells
     if not os.path.exists("/proc/self/clear_refs"):
         return math.nan
     ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back
