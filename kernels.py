@@ -75,7 +75,7 @@ if triton is not None:
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, Σ a [T, M], for a [T, M, K] and b [T, K, N].
     m multiplies `a` if mask_left, else the result. It is read off y, or else off the result."""
-    if backend != "triton":                          # "auto" too: faster on an H100 (README)
+    if backend != "triton":                          # "auto" too: nothing to compile (README)
         times_m = torch.ops.aten.leaky_relu_backward     # (value, y, slope, True) is m * value
         if mask_left and slope != 1:
             a = times_m(a, y, slope, True)
@@ -88,16 +88,18 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     single = a.dtype == torch.float32
     # Large tiles read each operand less often; small ones leave no part of the GPU without work.
     large = single and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= 128
-    tile_m, tile_n, tile_k, warps = (64, 64, 32, 8) if large else (32, 32, 32, 4)
-    # tl.dot takes TF32 unless told otherwise; we take it only where PyTorch may too.
-    tf32 = single and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tile_m, tile_n, tile_k, warps = (64, 64, 32, 4) if large else (16, 32, 64, 2)
+    # A float32 as the sum of two TF32 numbers: three products of those, on a GPU's matrix units,
+    # are faster than one of float32, and no less exact.
+    units = torch.version.hip is None and torch.cuda.is_tf32_supported()
+    precision = "tf32x3" if single and units else "ieee"
     out = a.new_empty(T, M, N)
     sums = a.new_empty(T, M) if row_sums else None
     strides = [() if v is None else v.stride() for v in (a, b, y, bias)]
     with torch.cuda.device_of(a):                    # Triton launches on the current GPU
         product_kernel[triton.cdiv(M, tile_m), triton.cdiv(N, tile_n), T](
             a, b, y, bias, out, sums, *strides, M, N, K, slope, mask_left,
-            "tf32" if tf32 else "ieee", tile_m, tile_n, tile_k, num_warps=warps)
+            precision, tile_m, tile_n, tile_k, num_warps=warps)
     return out, sums
 
 
@@ -152,7 +154,7 @@ class X(torch.autograd.Function):
         return dg, dweight, None, None, None, None
 
 
-# ------------------------------------------- 3 The layer, and the optimiser of the outer steps
+# ------------------------------------------------ 3 The layer, and a GPU that need not wait
 def why_not_triton(device):
     """Why Triton cannot run on a device, in one line; None where it can."""
     if triton is None:
@@ -187,34 +189,32 @@ def fused_linear(x, weight, bias, slope=0.2, *, backend="auto"):
     return L.apply(x, weight, bias, None, float(slope), backend)
 
 
-class Muon(torch.optim.Optimizer):
-    """All directions of a matrix learn equally fast, not the steepest alone: the singular values
-    of the gradients' average become about 1 (Jordan et al. 2024, kellerjordan.github.io/posts/muon)
+RECORDED = {}
 
-    torch.optim.Muon is in bfloat16 everywhere: very slow on a processor without units for it.
+
+def replay(function, leaves, tensors):
+    """function(leaves, tensors), of two lists; the leaves require a gradient.
+
+    A GPU waits for Python, which issues an episode's thousands of operations one by one. So they
+    are recorded, once for a function and shapes, as a CUDA graph, and replayed. A replay
+    overwrites the results of the one before. Each draws new noise.
     """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for leaf in group["params"]:
-                average = self.state[leaf].setdefault("average", torch.zeros_like(leaf))
-                average.lerp_(leaf.grad, 0.2)
-                ahead = leaf.grad.lerp(average, 0.8)                # Nesterov's momentum
-                size = group["lr"] * max(leaf.shape) ** 0.5         # entries as large as Adam's
-                leaf.sub_(size * orthogonal(ahead))
-
-
-def orthogonal(matrix, iterations=5):
-    """About U V' of the singular value decomposition U S V' of [1, N, K]: a polynomial, applied by
-    products alone (Newton and Schulz), brings S from 0.2 % of the norm on to 0.7 to 1.2."""
-    short = matrix.is_cuda or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    x = (matrix / matrix.norm().clamp(min=1e-7)).to(torch.bfloat16 if short else matrix.dtype)
-    wide = x if x.shape[1] <= x.shape[2] else x.mT
-    for _ in range(iterations):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.775 * gram) @ wide
-    return (wide if wide.shape == x.shape else wide.mT).to(matrix.dtype)
+    if not leaves[0].is_cuda:
+        return function(leaves, tensors)
+    key = function, *(t.shape for t in (*leaves, *tensors))
+    if key not in RECORDED:
+        inputs = [t.detach().clone() for t in (*leaves, *tensors)]
+        own = [t.requires_grad_() for t in inputs[:len(leaves)]], inputs[len(leaves):]
+        function(*own)                               # as usual: this compiles kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = function(*own)
+        RECORDED[key] = graph, inputs, results
+    graph, inputs, results = RECORDED[key]
+    with torch.no_grad():
+        torch._foreach_copy_(inputs, [*leaves, *tensors])
+    graph.replay()
+    return results
 
 
 def keep_memory():
@@ -244,7 +244,7 @@ def run(order, backend, operands, y=None):
 
 def measure(device, tasks, orders):
     """Prints the kernel's largest error as a share of the largest value and, on a GPU, times."""
-    from torch.utils.benchmark import Timer                  # waits for the GPU
+    from triton.testing import do_bench_cudagraph            # the GPU's time, not Python's
     layers = [(100, 256), (256, 512), (512, 1024), (1024, 784),      # K, N of G
               (784, 1024), (1024, 512), (512, 256), (256, 1)]        # and of D
     for (K, N), T, order in itertools.product(layers, tasks, orders):
@@ -255,9 +255,8 @@ def measure(device, tasks, orders):
         error = max((a - b).abs().max() / b.abs().max() for a, b in zip(results, exact))
         row = f"{K} to {N}, {T} tasks, order {order}: error {error:.1e}"
         if device == "cuda":
-            timers = [Timer(f"run({order}, '{backend}', v)", globals={"run": run, "v": operands})
-                      for backend in ("triton", "torch")]
-            ours, theirs = [timer.blocked_autorange().median * 1e6 for timer in timers]
+            ours, theirs = [1e3 * do_bench_cudagraph(lambda: run(order, backend, operands))
+                            for backend in ("triton", "torch")]
             row += f"; {ours:.1f} us, PyTorch {theirs:.1f} us, ratio {theirs / ours:.2f}"
         print(row, flush=True)
 
@@ -271,10 +270,10 @@ def resources(capabilities=(80, 90, 100)):
         kernels.append(triton.JITFunction.run(product_kernel, *values, warmup=True, **options))
 
     product_kernel.run = compile_only
-    for capability, precision, T in itertools.product(capabilities, ["ieee", "tf32"], [1, 16]):
+    torch.cuda.is_tf32_supported = lambda: True
+    for capability, T in itertools.product(capabilities, [1, 16]):
         target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
         triton.runtime.driver.set_active(Mock(get_current_target=lambda: target))
-        torch.backends.cuda.matmul.fp32_precision = precision
         kernels.clear()
         run(2, "triton", draw(T, 64, 512, 512, "meta"))
         used = []
@@ -284,7 +283,7 @@ def resources(capabilities=(80, 90, 100)):
                                             cache.get_file("product_kernel.cubin")], text=True)
             registers, stack, local = map(int, re.findall(r"(?:REG|STACK|LOCAL):(\d+)", text))
             used.append((registers, kernel.metadata.shared, stack + local))
-        yield capability, precision, T, *map(max, zip(*used))
+        yield capability, T, *map(max, zip(*used))
 
 
 if __name__ == "__main__":
@@ -296,5 +295,5 @@ if __name__ == "__main__":
         measure("cpu", tasks=[1], orders=[2])
     else:
         for row in resources():
-            print("sm_{}, {}, T = {}: {} registers, {} bytes shared, {} spilled".format(*row))
+            print("sm_{}, T = {}: {} registers, {} bytes shared, {} spilled".format(*row))
         subprocess.run([sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"})

@@ -42,7 +42,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
 from torch.autograd import grad
 
-from kernels import Muon, fused_linear, keep_memory, why_not_triton
+from kernels import fused_linear, keep_memory, replay, why_not_triton
 
 def option(default, text, **how):
     """A setting that is an option; how: for argparse."""
@@ -72,7 +72,7 @@ class Settings:
     warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
     meta_steps: int = option(500, "episodes")
     meta_batch: int = option(1, "pairs of an episode, two tasks each")
-    meta_lr: float = option(1e-3, "outer learning rate")
+    meta_lr: float = option(4e-4, "outer learning rate")
     test_seeds: int = option(5, "draws of the support in meta-testing")
     tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
     test: str = option(None, "test on all classes of --target (the start in assets)", **START)
@@ -190,20 +190,20 @@ def meta_gradient(leaves, episode, algorithm):
     """Score of an episode, and what to descend along for leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   first order: the steps' gradients are constants (the same paper). phi_0 reaches the
-             score only through them: it gets no gradient, nor do D's rates
+    fomaml   first order: the steps' gradients are constants (the same paper); D has no other
     reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
     both     g/|g| + r/|r|, equation (3)
     """
-    tasks, queries, _ = episode.query.shape
-    shared, rates = for_tasks(leaves[:-1], tasks), leaves[-1].exp()
-    theta, phi = shared[:8], shared[8:]
+    support, query = episode
+    tasks, queries, _ = query.shape
+    shared = [p.expand(tasks, *p.shape[1:]) for p in leaves[:-1]]  # [T, ...], without a copy
+    theta, phi, rates = shared[:8], shared[8:], leaves[-1].exp()
     second_order = algorithm in ("maml", "both")
     for step_rates in rates:
-        theta, phi = inner_step(theta, phi, step_rates, episode.support, second_order)
+        theta, phi = inner_step(theta, phi, step_rates, support, second_order)
     fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
-    score = energy_distance(fake, episode.query).mean()
+    score = energy_distance(fake, query).mean()
     ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
     reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
     if algorithm == "reptile":
@@ -213,19 +213,10 @@ def meta_gradient(leaves, episode, algorithm):
         gradient = [g + r for g, r in zip(unit(gradient), unit(reptile))]
     return score.detach(), gradient
 
-def for_tasks(parameters, tasks):
-    """An initialisation, shared by the tasks: [1, ...] -> [T, ...], without a copy."""
-    return [p.expand(tasks, *p.shape[1:]) for p in parameters]
-
 def unit(tensors):
     """The same direction, of length one."""
     length = torch.nn.utils.get_total_norm(tensors)
     return [t / length for t in tensors]
-
-def outer_optimizers(leaves):
-    """Muon for the matrices; Adam for biases and D's last weight, and for the rates' logarithms."""
-    matrices, vectors = leaves[:14:2], [*leaves[1:14:2], *leaves[14:16]]  # 14: D's last, a row
-    return [Muon(matrices, {"lr": 0.0}), adam(vectors, 0.0), adam(leaves[-1:], 0.0)]
 
 def adam(leaves, lr):
     """Adam with the short momentum that suits a game."""
@@ -233,7 +224,7 @@ def adam(leaves, lr):
 
 # 5  Domains, known or made up, and their pairs ---
 QUERIES = 64  # images that score a generator
-MADE_UP = 0.7  # share of the tasks whose domain is made up
+MADE_UP, MIXED = 0.7, 0.3  # shares of the tasks whose domain is made up, or of two kinds
 PEN, FILLED = 0.3, 0.57  # shares: outlines among those; of the rest, what covers the frame
 
 class Domains(NamedTuple):
@@ -268,12 +259,15 @@ def made_up(images):
     new = level_sets(torch.rand(tasks) < PEN, n)
     return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, new, images)
 
-def level_sets(pen, n):
-    """Images of nameless things: a smooth random field for a task, varied in each image.
+def mixed(images):
+    """Some of the tasks get half of their images from another one: a user's are not all alike."""
+    tasks, n, _ = images.shape
+    others = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
+    return torch.where(others, images.flip(0), images)
 
-    Bright is where the field is positive or, with a pen, along its zero line.
-    # pen: bool [T] -> [T, n, 784]
-    """
+def level_sets(pen, n):
+    """Images of nameless things: a smooth random field for a task, varied in each image. Bright
+    is where it is positive or, with a pen, its zero line.  # pen: bool [T] -> [T, n, 784]"""
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
     def uniform(low, high):  # [T, 1, 1, 1]
         return low + (high - low) * torch.rand(tasks, 1, 1, 1)
@@ -293,7 +287,7 @@ def level_sets(pen, n):
 
 # 6  Training; `training`, in section 8, is a range that saves, goes on, and prints numbers ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
-R1 = 10  # weight of its penalty
+R1 = 10  # weight of a penalty on D's slope at real images: the players circle less
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
@@ -306,19 +300,30 @@ def update(optimizers, leaves, gradients):
     return finite
 
 def gan_step(leaves, optimizers, real):
-    """A step of D, then of G, by optimisers, on real images [T, B, 784]. R1 weighs a penalty on
-    D's slope: the players circle less (Mescheder et al. 2018, arXiv 1801.04406)."""
-    theta, phi = leaves[:8], leaves[8:]
-    real = real.detach().requires_grad_()
-    logits = discriminator(phi, real)
-    gradient, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
-    penalty = R1 / 2 * gradient.square().sum(-1).mean(-1)  # [T]
-    fake = generator(theta, noise(len(real), FAKES))
-    d = (loss_d(logits, discriminator(phi, fake.detach())) + penalty).sum()
-    finite_d = update(optimizers[1:], phi, grad(d, phi))
-    g = loss_g(discriminator(phi, fake), fake, real).sum()
-    finite_g = update(optimizers[:1], theta, grad(g, theta))
+    """A step of D, then of G against it, by optimisers, on real images [T, B, 784]."""
+    batch = [real, noise(len(real), FAKES)]
+    d, gradient = replay(gradient_d, leaves, batch)
+    finite_d = update(optimizers[1:], leaves[8:], gradient)
+    g, gradient = replay(gradient_g, leaves, batch)
+    finite_g = update(optimizers[:1], leaves[:8], gradient)
     return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
+
+def gradient_d(leaves, batch):
+    """D's loss, with the penalty R1 (Mescheder et al. 2018, arXiv 1801.04406), and its gradient."""
+    theta, phi, real = leaves[:8], leaves[8:], batch[0].detach().requires_grad_()
+    logits = discriminator(phi, real)
+    slope, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
+    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # [T]
+    fake = generator(theta, batch[1]).detach()
+    loss = (loss_d(logits, discriminator(phi, fake)) + penalty).sum()
+    return loss.detach(), grad(loss, phi)
+
+def gradient_g(leaves, batch):
+    """G's loss and its gradient."""
+    theta, phi, (real, z) = leaves[:8], leaves[8:], batch
+    fake = generator(theta, z)
+    loss = loss_g(discriminator(phi, fake), fake, real).sum()
+    return loss.detach(), grad(loss, theta)
 
 def train_gan(stage, start, steps, domains, args):
     """Ordinary GAN training, four domains a step, most of them made up. Returns the parameters."""
@@ -326,8 +331,7 @@ def train_gan(stage, start, steps, domains, args):
     optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
     for _, numbers in training(stage, steps, leaves, optimizers, args):
         real = made_up(sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4))
-        real = real.reshape(1, GAN_BATCH, PIXELS)
-        numbers.update(gan_step(leaves, optimizers, real))
+        numbers.update(gan_step(leaves, optimizers, real.reshape(1, GAN_BATCH, PIXELS)))
     return leaves
 
 def meta_train(warm, domains, args):
@@ -335,15 +339,16 @@ def meta_train(warm, domains, args):
     rates = args.inner_lr * torch.tensor([[1.0], [0.5]])
     log_rates = rates.log().repeat(args.inner_steps, 1, 4)  # [steps, G or D, layer]
     leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
-    optimizers, steps = outer_optimizers(leaves), args.meta_steps
+    optimizers, steps = [adam(leaves[:-1], 0.0), adam(leaves[-1:], 0.0)], args.meta_steps
     n = min(args.shots + QUERIES, domains.fewest)
+    gradient_of = partial(meta_gradient, algorithm=args.algorithm)
     for step, numbers in training("meta-training", steps, leaves, optimizers, args):
         lr = args.meta_lr * min(1, 2 - 2 * step / steps)  # falls to 0 in the second half
-        for optimizer, factor in zip(optimizers, (1, 1, 6)):  # a logarithm must move faster
+        for optimizer, factor in zip(optimizers, (1, 15)):  # a logarithm must move faster
             optimizer.param_groups[0]["lr"] = factor * lr
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
-        episode = split(made_up(images), args.shots)
-        score, gradient = meta_gradient(leaves, episode, args.algorithm)
+        episode = split(mixed(made_up(images)), args.shots)
+        score, gradient = replay(gradient_of, leaves, episode)
         finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
         numbers.update(finite=finite, score=score.item())
     return leaves
@@ -357,7 +362,7 @@ def train_all(domains, args):
     return meta_train(warm, domains, args)
 
 # 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
-GO_ON_LR = 5e-4  # Adam's rate after the learned steps
+GO_ON_LR = 1e-3  # Adam's rate after the learned steps
 TRANSFER_LRS = 1e-3, 2e-3  # without learned steps
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
@@ -367,7 +372,7 @@ def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
     start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr, in
     place: one list for all its steps; or [*theta, *phi] for Adam alone."""
-    shared = for_tasks([p.detach().requires_grad_() for p in start[:16]], len(support))
+    shared = [p.detach().requires_grad_().expand(len(support), *p.shape[1:]) for p in start[:16]]
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
     yield theta
@@ -589,9 +594,7 @@ def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
     What a system makes for itself is passed over; what else is left out is named."""
     classes, left_out = {}, Counter()
-    def natural(path):  # 2 comes before 10
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
-    for path in sorted(Path(folder).rglob("*"), key=natural):
+    for path in sorted(Path(folder).rglob("*")):
         parts = path.relative_to(folder).parts
         if any(part.startswith((".", "__", "@", "$")) for part in parts):
             continue
@@ -741,8 +744,7 @@ def parse(argv):
     for name, value in given.items():
         flag, number = "--" + name.replace("_", "-"), isinstance(value, (int, float))
         require(name in used, f"{flag} is of no use here")
-        zero = value == 0 and name in MAY_BE_0
-        require(not number or value > 0 or zero, f"{flag} is too small")
+        require(not number or value > 0 or value == 0 and name in MAY_BE_0, f"{flag} is too small")
     args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
@@ -801,8 +803,7 @@ def deploy(args):
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
     support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
-    thetas = few_shot(support, saved["start"])
-    theta = next(itertools.islice(thetas, args.steps, None))
+    theta = next(itertools.islice(few_shot(support, saved["start"]), args.steps, None))
     samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
     require(all(p.isfinite().all() for p in theta), "the adaptation diverged: take fewer --steps")
     with claim(out):

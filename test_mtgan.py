@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"    # before anything imports triton, as torchvision does
 
-import contextlib, ctypes, functools, itertools, json, math, multiprocessing, pickle, re
+import contextlib, functools, itertools, json, math, multiprocessing, pickle, re
 import resource, shlex, shutil, signal, statistics, subprocess, sys, time, urllib.error
 from pathlib import Path
 from unittest.mock import Mock, patch
@@ -62,7 +62,7 @@ def loop_tasks(leaves, episode, second_order=True):
         fake = mlp(theta, next(own), 0).tanh()
         yield mtgan.energy_distance(fake[None], query[t][None])[0], [*theta, *phi]
 
-def loop_gradient(leaves, episode, algorithm):      # what `mtgan.meta_gradient` does for maml
+def loop_gradient(leaves, episode):      # what `mtgan.meta_gradient` does for maml
     gradients, total = [torch.zeros_like(leaf) for leaf in leaves], 0
     for loss, _ in loop_tasks(leaves, episode):
         torch._foreach_add_(gradients, grad(loss / len(episode.query), leaves))
@@ -161,6 +161,19 @@ def test_meta_gradient_through_triton(small, monkeypatch):
         monkeypatch.setattr(mtgan, "KERNEL", "triton")
         assert distance(meta_gradient(leaves, mtgan.Episode(*episode))[1], expected) < 1e-10
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="there is no GPU")
+def test_replayed_gradients_are_the_same(small):
+    gradient_of = functools.partial(mtgan.meta_gradient, algorithm="both")
+    with torch.device(DEVICE):
+        leaves, episode = [[v.detach().to(DEVICE).requires_grad_() for v in x] for x in small]
+        kernels.replay(gradient_of, leaves, episode)        # recorded
+        leaves = [(1.1 * v).detach().requires_grad_() for v in leaves]
+        torch.manual_seed(5)
+        score, gradient = kernels.replay(gradient_of, leaves, episode)
+        torch.manual_seed(5)
+        expected, exact = gradient_of(leaves, episode)
+    assert score == expected and distance(gradient, exact) == 0
+
 # Networks, game, score, optimisers ----------------------------------------------------------------
 def test_losses():
     real, fake = torch.tensor([[2.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
@@ -205,16 +218,6 @@ def test_gan_step_is_two_plain_adam_steps(monkeypatch):
             adam.step()
         assert distance([p[t] for p in leaves], own) < 1e-5
 
-def test_muon_makes_singular_values_alike():
-    for shape in ((1, 40, 70), (1, 70, 40)):
-        leaf = torch.zeros(shape, requires_grad=True)
-        muon = kernels.Muon([leaf], {"lr": 0.1})
-        leaf.grad = torch.randn(shape)
-        muon.step()
-        U, S, V = torch.linalg.svd(leaf.grad[0], full_matrices=False)
-        size = (U.T @ leaf[0] @ V.T).diagonal() / (0.1 * 70 ** 0.5)
-        assert size.max() < -0.6 and size.min() > -1.3      # of every direction, against it
-
 def test_update():
     leaf = torch.zeros(1, 2, 3, requires_grad=True)
     adam = torch.optim.Adam([leaf], 1.0, fused=True)
@@ -239,6 +242,15 @@ def test_support_and_query_are_disjoint_and_of_their_classes():
         assert set(images[:, 0].tolist()) == {number}
         assert sorted(images[:, 1].tolist()) == list(range(40))     # each once
 
+def test_tasks_are_made_up_and_mixed():
+    torch.manual_seed(0)
+    known = torch.tensor([2.0, 3.0] * 100).view(200, 1, 1).expand(-1, 20, 784)  # not in [-1, 1]
+    kept, own = ((function(known) == known).all(-1).double().mean(1)       # [200]
+                 for function in (mtgan.made_up, mtgan.mixed))
+    assert set(kept.tolist()) == {0, 1} and abs(1 - kept.mean() - mtgan.MADE_UP) < 0.1
+    assert abs((own < 1).double().mean() - mtgan.MIXED) < 0.1
+    assert abs(own[own < 1].mean() - 0.5) < 0.1
+
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
@@ -250,7 +262,7 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
     assert seen and not seen & held_out
 
-@patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1))
+@patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1), MADE_UP=0, MIXED=0)
 def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     """The outer rate falls; an episode has the source and target of a pair."""
     seen, original = [], mtgan.update
@@ -265,10 +277,9 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
         return original(optimizers, leaves, [*gradients[:-1], torch.full_like(leaves[-1], -1.0)])
     monkeypatch.setattr(mtgan, "meta_gradient", gradient)
     monkeypatch.setattr(mtgan, "update", update)
-    monkeypatch.setattr(mtgan, "MADE_UP", 0)
     args = mtgan.Settings(shots=5, meta_steps=4, meta_lr=0.1, out=str(tmp_path))
     mtgan.meta_train(mtgan.new_parameters(), numbered(), args)
-    assert np.allclose(seen, np.outer([0.1, 0.1, 0.1, 0.05], [1, 1, 6]))
+    assert np.allclose(seen, np.outer([0.1, 0.1, 0.1, 0.05], [1, 15]))
 
 # Meta-testing -------------------------------------------------------------------------------------
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
@@ -335,34 +346,26 @@ class Counted(TorchDispatchMode):       # counts the torch operators called
         self.calls += 1
         return function(*args, **(kwargs or {}))
 
-def memory_of(step):    # megabytes at its peak, on top of what is there; not on a GPU; Linux tells
-    if not os.path.exists("/proc/self/clear_refs"):
-        return math.nan
-    ctypes.CDLL(None).malloc_trim(0)                        # what is free goes back
-    Path("/proc/self/clear_refs").write_text("5")           # look for the peak anew
-    status = Path("/proc/self/status")
-    before = re.search(r"VmRSS:\s+(\d+)", status.read_text())[1]
-    step()
-    return (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - int(before)) / 1e3
-
 def benchmark(repetitions=5):
     """Print the gradient of an episode and a whole meta-step, each beside the plain loop's."""
     settings = mtgan.Settings(source=("strokes",), target=("shapes",))
     domains = mtgan.load_domains(settings)
     leaves = [*mtgan.new_parameters(), torch.full((settings.inner_steps, 2, 4), 1e-3).log()]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    optimizers = mtgan.outer_optimizers(leaves)
+    optimizers = [mtgan.adam(leaves, 1e-4)]
     def draw():
         images = mtgan.sample_images(domains, domains.train[0], settings.shots + mtgan.QUERIES)
         return mtgan.split(mtgan.made_up(images), settings.shots)
     def meta_step(gradient):
-        direction = gradient(leaves, draw(), "maml")[1]
+        direction = gradient(leaves, draw())[1]
         mtgan.update(optimizers, leaves, mtgan.unit(direction))
-    episode, loop, ours = draw(), loop_gradient, mtgan.meta_gradient
-    steps = {"gradient, plain loop": lambda: loop(leaves, episode, "maml"),
-             "gradient": lambda: ours(leaves, episode, "maml"),
+    episode, loop = draw(), loop_gradient
+    gradient_of = functools.partial(mtgan.meta_gradient, algorithm="maml")
+    ours = functools.partial(kernels.replay, gradient_of)
+    steps = {"gradient, plain loop": lambda: loop(leaves, episode),
+             "gradient": lambda: ours(leaves, episode),
              "meta-step, plain loop": lambda: meta_step(loop), "meta-step": lambda: meta_step(ours)}
-    memory = {name: memory_of(step) for name, step in steps.items()}    # the first also warms up
+    [step() for step in steps.values()]                                 # warms up
     seconds = {name: [] for name in steps}
     for _, name in itertools.product(range(repetitions), steps):        # they take turns
         began = time.perf_counter()
@@ -370,20 +373,20 @@ def benchmark(repetitions=5):
         torch.ones(1).item()                                            # waits for a GPU
         seconds[name].append(time.perf_counter() - began)
     print(f"{mtgan.KERNEL}, {torch.get_num_threads()} threads, 2 tasks, {settings.inner_steps} "
-          f"inner steps\n{'':24}seconds  loop = 1  operators    MB")
+          f"inner steps\n{'':24}seconds  loop = 1  operators")
     for name, step in steps.items():
         with Counted() as counted:
             step()
         median = statistics.median(seconds[name])
         ratio = median / statistics.median(seconds[name.split(",")[0] + ", plain loop"])
-        print(f"{name:24}{median:7.3f}{ratio:10.2f}{counted.calls:11}{memory[name]:6.0f}")
+        print(f"{name:24}{median:7.3f}{ratio:10.2f}{counted.calls:11}")
 
 def test_benchmark(small, capsys, monkeypatch):
     torch.set_default_dtype(torch.float32)
     episode = mtgan.Episode(torch.rand(4, 5, 7), torch.rand(4, 6, 7))
     monkeypatch.setattr(mtgan, "split", lambda *_: episode)
     benchmark(repetitions=1)
-    loop, ours, _, _ = [row.split()[-2] for row in capsys.readouterr().out.splitlines()[2:]]
+    loop, ours, _, _ = [row.split()[-1] for row in capsys.readouterr().out.splitlines()[2:]]
     assert int(ours) < 0.5 * int(loop)          # operators
 
 # kernels.py --------------------------------------------------------------------------------------
@@ -478,7 +481,7 @@ def test_compiled_kernels_do_not_spill_and_cannot_run_on_a_cpu():
     refusal, *rows = subprocess.check_output(
         [sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "0"},
         cwd=os.path.dirname(kernels.__file__), text=True).splitlines()
-    assert "cpu" in refusal and "TRITON_INTERPRET=1" in refusal and len(rows) == 4
+    assert "cpu" in refusal and "TRITON_INTERPRET=1" in refusal and len(rows) == 2
     for row in rows:
         registers, shared, spilled = map(int, row.split()[-3:])
         assert 16 < registers <= 255 and 0 < shared <= 99 * 1024 and spilled == 0
@@ -586,10 +589,9 @@ def offline(monkeypatch):
 def test_class_lists(offline, tmp_path):
     title, classes = mtgan.load_dataset("strokes:0-3,9", "")
     assert title == "strokes" and list(classes) == list("01239")
-    for label in range(12):
-        put_picture(tmp_path / str(label) / "picture.png")
-    assert list(mtgan.load_folder(tmp_path)) == [str(label) for label in range(12)]
-    assert list(mtgan.load_dataset(f"{tmp_path}:2", "")[1]) == ["2"]
+    for label in "cab":
+        put_picture(tmp_path / label / "picture.png")
+    assert list(mtgan.load_dataset(f"{tmp_path}:1-2", "")[1]) == ["b", "c"]
 
 def put_mnist(folder, changed):
     """Files in MNIST's format: three images of each class in either part."""
@@ -686,10 +688,8 @@ def test_pictures_of_all_kinds(tmp_path):
 def test_large_pictures_take_little(mode, width, height, megabytes, tmp_path):
     Image.new(mode, (width, height)).save(tmp_path / "large.png", compress_level=1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    began = time.monotonic()
     with limit(resource.RLIMIT_AS, used + megabytes * 2 ** 20):
         mtgan.read_image(tmp_path / "large.png")
-    assert time.monotonic() - began < 3
 
 # The command line ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("message, line", [
