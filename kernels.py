@@ -11,6 +11,7 @@ which has the sign of what went in. Then two operations are enough (Σ sums a ro
 
 Their gradients are the two again, which gives every order. Each is one product with a mask, which
 a kernel in Triton, a dialect of Python for GPUs, computes, or else a few lines of PyTorch.
+Then `replay`: a GPU works off a recorded list of operations without waiting for Python.
 """
 import ctypes
 import itertools
@@ -196,8 +197,8 @@ def replay(function, leaves, tensors):
     """function(leaves, tensors), of two lists; the leaves require a gradient.
 
     A GPU waits for Python, which issues an episode's thousands of operations one by one. So they
-    are recorded, once for a function and shapes, as a CUDA graph, and replayed. A replay
-    overwrites the results of the one before. Each draws new noise.
+    are recorded, once for a function and shapes, as a CUDA graph, and replayed, with new noise
+    each time. A replay overwrites the results of the one before.
     """
     if not leaves[0].is_cuda:
         return function(leaves, tensors)
@@ -207,7 +208,7 @@ def replay(function, leaves, tensors):
         own = [t.requires_grad_() for t in inputs[:len(leaves)]], inputs[len(leaves):]
         function(*own)                               # as usual: this compiles kernels
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device_of(leaves[0]), torch.cuda.graph(graph):
             results = function(*own)
         RECORDED[key] = graph, inputs, results
     graph, inputs, results = RECORDED[key]
