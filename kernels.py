@@ -76,7 +76,7 @@ if triton is not None:
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, Σ a [T, M], for a [T, M, K] and b [T, K, N].
     m multiplies `a` if mask_left, else the result. It is read off y, or else off the result."""
-    if backend != "triton":                          # "auto" too: nothing to compile (README)
+    if backend != "triton":                          # "auto" too: this need not compile
         times_m = torch.ops.aten.leaky_relu_backward     # (value, y, slope, True) is m * value
         if mask_left and slope != 1:
             a = times_m(a, y, slope, True)
@@ -92,15 +92,14 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     tile_m, tile_n, tile_k, warps = (64, 64, 32, 4) if large else (16, 32, 64, 2)
     # A float32 as the sum of two TF32 numbers: three products of those, on a GPU's matrix units,
     # are faster than one of float32, and no less exact.
-    units = torch.version.hip is None and torch.cuda.is_tf32_supported()
-    precision = "tf32x3" if single and units else "ieee"
+    split = single and torch.version.hip is None and torch.cuda.is_tf32_supported()
     out = a.new_empty(T, M, N)
     sums = a.new_empty(T, M) if row_sums else None
     strides = [() if v is None else v.stride() for v in (a, b, y, bias)]
     with torch.cuda.device_of(a):                    # Triton launches on the current GPU
         product_kernel[triton.cdiv(M, tile_m), triton.cdiv(N, tile_n), T](
             a, b, y, bias, out, sums, *strides, M, N, K, slope, mask_left,
-            precision, tile_m, tile_n, tile_k, num_warps=warps)
+            "tf32x3" if split else "ieee", tile_m, tile_n, tile_k, num_warps=warps)
     return out, sums
 
 
@@ -116,7 +115,7 @@ def asked(ctx, i):
 
 
 class L(torch.autograd.Function):
-    """m * (x Wᵀ + b) [T, B, N]. b may be None, and y, which then is the result."""
+    """m * (x Wᵀ + b) [T, B, N]. b or y may be None; then y is the result."""
     @staticmethod
     def forward(ctx, x, weight, bias, y, *how):      # how: slope, backend
         out, _ = product(x, weight.mT, y, *how, bias)
@@ -198,15 +197,16 @@ def replay(function, leaves, tensors):
 
     A GPU waits for Python, which issues an episode's thousands of operations one by one. So they
     are recorded, once for a function and shapes, as a CUDA graph, and replayed, with new noise
-    each time. A replay overwrites the results of the one before.
+    each time. A replay overwrites the results of the same one's last.
     """
     if not leaves[0].is_cuda:
         return function(leaves, tensors)
-    key = function, *(t.shape for t in (*leaves, *tensors))
+    key = function, *((t.shape, t.dtype, t.device) for t in (*leaves, *tensors))
     if key not in RECORDED:
         inputs = [t.detach().clone() for t in (*leaves, *tensors)]
         own = [t.requires_grad_() for t in inputs[:len(leaves)]], inputs[len(leaves):]
-        function(*own)                               # as usual: this compiles kernels
+        with torch.random.fork_rng([leaves[0].device]):      # it draws noise, too
+            function(*own)                           # as usual: this compiles kernels
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device_of(leaves[0]), torch.cuda.graph(graph):
             results = function(*own)

@@ -22,9 +22,9 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(v) = v / rms(v), rms over each tensor
-    (3) outer step    start <- start - optimiser(unit(g/|g| + r/|r|))
+    (3) outer step    (start, log a) <- (start, log a) - optimiser(unit(g/|g| + r/|r|))
                       g = d (mean score of the tasks) / d (start, log a)      MAML
-                      r = start - mean over the tasks of (theta_k, phi_k)     Reptile
+                      r = start - mean over the tasks of (theta_k, phi_k), 0  Reptile
 """
 import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
 from collections import Counter
@@ -190,7 +190,7 @@ def meta_gradient(leaves, episode, algorithm):
     """Score of an episode, and what to descend along for leaves = [*theta, *phi, log_rates].
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   first order: the steps' gradients are constants (the same paper); D has no other
+    fomaml   first order: the steps' gradients are constants (the same paper); D's is then 0
     reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
              1803.02999); the rates stay
     both     g/|g| + r/|r|, equation (3)
@@ -253,14 +253,14 @@ def split(images, shots):
     return Episode(images[:, :shots], images[:, shots:])
 
 def made_up(images):
-    """Known domains [T, n, 784], of which most are replaced by `level_sets`. None of these ever
-    returns: it must be learned from the support."""
+    """Known domains [T, n, 784], of which most are replaced by `level_sets`. None of those ever
+    returns: its support alone tells of it."""
     tasks, n, _ = images.shape
     new = level_sets(torch.rand(tasks) < PEN, n)
     return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, new, images)
 
 def mixed(images):
-    """Some of the tasks get half of their images from another one: a user's are not all alike."""
+    """Some tasks get half of their images from another task: a user's are not all alike."""
     tasks, n, _ = images.shape
     others = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(others, images.flip(0), images)
@@ -370,8 +370,8 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 
 def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
-    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr, in
-    place: one list for all its steps; or [*theta, *phi] for Adam alone."""
+    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr,
+    which changes the same tensors; or [*theta, *phi] for Adam alone."""
     shared = [p.detach().requires_grad_().expand(len(support), *p.shape[1:]) for p in start[:16]]
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
@@ -391,8 +391,8 @@ def translate(theta, images):
     z = noise(1, images.shape[1]).requires_grad_()
     optimizer = torch.optim.Adam([z], 0.05)
     for _ in range(300):
-        drawn = generator(theta, z.expand(2, -1, -1))  # [2, n, 784]
-        z.grad, = grad((drawn[:1] - images).square().sum(), z)
+        drawn = generator([p[:1] for p in theta], z)  # [1, n, 784]
+        z.grad, = grad((drawn - images).square().sum(), z)
         optimizer.step()
     return torch.cat([images, generator(theta, z.expand(2, -1, -1)).detach()])
 
@@ -521,7 +521,7 @@ def filmstrip(rows, args):
     return canvas
 
 # 8  Data and files ---
-HELD_OUT = 3  # classes of a data set, a third at most, that no GAN's training sees
+HELD_OUT = 3  # classes of a data set, a third of a small one, that no GAN's training sees
 SAVE_SECONDS = 30
 FREE = "source", "target", "data_dir", "out", "device"  # may change: a checksum guards them
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
