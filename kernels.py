@@ -197,7 +197,7 @@ def replay(function, leaves, tensors):
 
     A GPU waits for Python, which issues an episode's thousands of operations one by one. So they
     are recorded, once for a function and shapes, as a CUDA graph, and replayed, with new noise
-    each time. A replay overwrites the results of the same one's last.
+    each time. A replay overwrites its last results.
     """
     if not leaves[0].is_cuda:
         return function(leaves, tensors)

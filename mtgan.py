@@ -22,7 +22,7 @@ Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned a
     (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
                       theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
                       u(v) = v / rms(v), rms over each tensor
-    (3) outer step    (start, log a) <- (start, log a) - optimiser(unit(g/|g| + r/|r|))
+    (3) outer step    (start, log a) -= optimiser(unit(g/|g| + r/|r|))
                       g = d (mean score of the tasks) / d (start, log a)      MAML
                       r = start - mean over the tasks of (theta_k, phi_k), 0  Reptile
 """
@@ -191,8 +191,7 @@ def meta_gradient(leaves, episode, algorithm):
 
     maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
     fomaml   first order: the steps' gradients are constants (the same paper); D's is then 0
-    reptile  the start minus the mean of the adapted parameters (Nichol et al. 2018, arXiv
-             1803.02999); the rates stay
+    reptile  the start minus the mean of the adapted (Nichol et al. 2018, arXiv 1803.02999)
     both     g/|g| + r/|r|, equation (3)
     """
     support, query = episode
@@ -224,7 +223,7 @@ def adam(leaves, lr):
 
 # 5  Domains, known or made up, and their pairs ---
 QUERIES = 64  # images that score a generator
-MADE_UP, MIXED = 0.7, 0.3  # shares of the tasks whose domain is made up, or of two kinds
+MADE_UP, MIXED = 0.7, 0.3  # shares of tasks whose domain is made up, or of two kinds
 PEN, FILLED = 0.3, 0.57  # shares: outlines among those; of the rest, what covers the frame
 
 class Domains(NamedTuple):
@@ -260,7 +259,7 @@ def made_up(images):
     return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, new, images)
 
 def mixed(images):
-    """Some tasks get half of their images from another task: a user's are not all alike."""
+    """Half of the images of some tasks [T, n, 784] from another: a user's are not all alike."""
     tasks, n, _ = images.shape
     others = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(others, images.flip(0), images)
@@ -287,7 +286,7 @@ def level_sets(pen, n):
 
 # 6  Training; `training`, in section 8, is a range that saves, goes on, and prints numbers ---
 GAN_BATCH = 64  # real images in an ordinary GAN step
-R1 = 10  # weight of a penalty on D's slope at real images: the players circle less
+R1 = 10  # weight of a penalty on D's slope: the players circle less
 
 def update(optimizers, leaves, gradients):
     """The optimisers' step with these gradients; none unless all of them are finite."""
@@ -371,7 +370,7 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
 def few_shot(support, start, lr=GO_ON_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
     start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr,
-    which changes the same tensors; or [*theta, *phi] for Adam alone."""
+    in place; or [*theta, *phi] for Adam alone."""
     shared = [p.detach().requires_grad_().expand(len(support), *p.shape[1:]) for p in start[:16]]
     theta, phi = shared[:8], shared[8:]
     learned = start[16].detach().exp() if len(start) > 16 else []
@@ -521,7 +520,7 @@ def filmstrip(rows, args):
     return canvas
 
 # 8  Data and files ---
-HELD_OUT = 3  # classes of a data set, a third of a small one, that no GAN's training sees
+HELD_OUT = 3  # classes of a data set, or a third of them, that no GAN's training sees
 SAVE_SECONDS = 30
 FREE = "source", "target", "data_dir", "out", "device"  # may change: a checksum guards them
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
@@ -594,7 +593,8 @@ def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
     What a system makes for itself is passed over; what else is left out is named."""
     classes, left_out = {}, Counter()
-    for path in sorted(Path(folder).rglob("*")):
+    order = partial(re.sub, r"\d+", lambda n: n[0].zfill(20))  # 2 before 10
+    for path in map(Path, sorted(map(str, Path(folder).rglob("*")), key=order)):
         parts = path.relative_to(folder).parts
         if any(part.startswith((".", "__", "@", "$")) for part in parts):
             continue

@@ -154,8 +154,7 @@ def test_both_adds_two_directions_of_length_one(small):
 @TRITON
 @pytest.mark.parametrize("small", [2], indirect=True)
 def test_meta_gradient_through_triton(small, monkeypatch):
-    leaves, episode = small
-    leaves, episode = [v.to(DEVICE) for v in leaves], [v.to(DEVICE) for v in episode]
+    leaves, episode = [[v.to(DEVICE) for v in tensors] for tensors in small]
     with torch.device(DEVICE):
         _, expected = meta_gradient(leaves, mtgan.Episode(*episode))
         monkeypatch.setattr(mtgan, "KERNEL", "triton")
@@ -248,8 +247,7 @@ def test_tasks_are_made_up_and_mixed():
     kept, own = ((function(known) == known).all(-1).double().mean(1)       # [200]
                  for function in (mtgan.made_up, mtgan.mixed))
     assert set(kept.tolist()) == {0, 1} and abs(1 - kept.mean() - mtgan.MADE_UP) < 0.1
-    assert abs((own < 1).double().mean() - mtgan.MIXED) < 0.1
-    assert abs(own[own < 1].mean() - 0.5) < 0.1
+    assert abs((own < 1).double().mean() - mtgan.MIXED) < 0.1 > abs(own[own < 1].mean() - 0.5)
 
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
@@ -366,7 +364,6 @@ def benchmark(repetitions=5):
     steps = {"gradient, plain loop": lambda: loop(leaves, episode),
              "gradient": lambda: ours(leaves, episode),
              "meta-step, plain loop": lambda: meta_step(loop), "meta-step": lambda: meta_step(ours)}
-    [step() for step in steps.values()]                                 # warms up
     seconds = {name: [] for name in steps}
     for _, name in itertools.product(range(repetitions), steps):        # they take turns
         began = time.perf_counter()
@@ -590,9 +587,10 @@ def offline(monkeypatch):
 def test_class_lists(offline, tmp_path):
     title, classes = mtgan.load_dataset("strokes:0-3,9", "")
     assert title == "strokes" and list(classes) == list("01239")
-    for label in "cab":
-        put_picture(tmp_path / label / "picture.png")
-    assert list(mtgan.load_dataset(f"{tmp_path}:1-2", "")[1]) == ["b", "c"]
+    for label in range(12):
+        put_picture(tmp_path / str(label) / "picture.png")
+    assert list(mtgan.load_folder(tmp_path)) == [str(label) for label in range(12)]
+    assert list(mtgan.load_dataset(f"{tmp_path}:2", "")[1]) == ["2"]
 
 def put_mnist(folder, changed):
     """Files in MNIST's format: three images of each class in either part."""
@@ -689,8 +687,10 @@ def test_pictures_of_all_kinds(tmp_path):
 def test_large_pictures_take_little(mode, width, height, megabytes, tmp_path):
     Image.new(mode, (width, height)).save(tmp_path / "large.png", compress_level=1)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    began = time.monotonic()
     with limit(resource.RLIMIT_AS, used + megabytes * 2 ** 20):
         mtgan.read_image(tmp_path / "large.png")
+    assert time.monotonic() - began < 3
 
 # The command line ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("message, line", [
