@@ -1,428 +1,525 @@
-"""MT-GAN: a Meta-Transfer Generative Adversarial Network.
+"""MT-GAN: a Meta-Transfer Generative Adversarial Network, in one file.
 
-A GAN trained from scratch needs many images and steps. MT-GAN meta-trains the initialisation of a
-generator G and a discriminator D, so that on a new domain a few images and steps are enough.
+A GAN that is trained from scratch needs many images and many steps. MT-GAN learns the weights
+from which a GAN starts, so that a few images of something new and a few steps are enough.
 
-    python mtgan.py --adapt --target my_images/         # draw more of them
-    python mtgan.py --source mnist --target fashion     # meta-train a start, test it
-    python mtgan.py --test --target my_classes/         # test the start in assets
+    python mtgan.py --source mnist --target fashion   # learn such a start, and test it
+    python mtgan.py --test --target my_classes/       # test it on classes of your own
+    python mtgan.py --adapt --target my_images/       # draw images like your own
 
-A *domain* is a class of images, as 'mnist 7'. A *task* is to generate a domain of which only a few
-*shots* are given, its *support*. An *episode* has a pair of domains, a source and a target, treated
-alike: copies of the initialisation take k *inner* steps of the GAN's game on the support of each; a
-score tells how far images of this G are from other real ones, the *query*; then one *outer* step
-changes the initialisation. *MAML* follows the gradient of the score through all inner steps.
-*Reptile* goes where they have led, and differentiates through none. By default both are added.
-Most domains are made up (section 5): the few real ones would be learned by heart.
+The words of this file:
 
-Three equations (theta: G, phi: D, z: noise, R: real images, a: rates, learned as log a; c = 0.1):
+    G, theta     the generator and its weights: it draws images from noise z
+    D, phi       the discriminator and its weights: it tells real images from drawn ones
+    domain       one kind of image, a class of a data set such as 'mnist 7'
+    task         to learn to draw a domain of which only a few images are given
+    shots        the number of these images
+    support      the images that are given
+    query        other images of the domain, which only score what was learned
+    pair         two domains, called source and target, which training treats alike
+    episode      the tasks of a pair, learned side by side
+    inner step   a step of D and one of G on a support, by copies of theta and phi
+    outer step   after an episode, a step of what all tasks start from
+    start        what that is: theta, phi, and the learning rates of the inner steps
 
-    (1) the game      L_D = mean softplus(-D(R)) + mean softplus(D(G(z)))
-                      L_G = mean softplus(-D(G(z))) + c e(G(z), R)    e: `energy_distance`
-    (2) inner step    phi'   = phi   - a_phi   u(dL_D/dphi)     theta held constant
-                      theta' = theta - a_theta u(dL_G/dtheta)   the same z, phi' held constant
-                      u(v) = v / rms(v), rms over each tensor
-    (3) outer step    (start, log a) -= optimiser(unit(g/|g| + r/|r|))
-                      g = d (mean score of the tasks) / d (start, log a)      MAML
-                      r = start - mean over the tasks of (theta_k, phi_k), 0  Reptile
+The whole algorithm, in the names of the functions below:
+
+    theta, phi = train_gan(...)                           # a warm start: an ordinary GAN
+    for each episode:
+        domains = sample_pairs(...)                       # most are replaced by made-up ones
+        support, query = split(images of the domains)
+        theta_k, phi_k = theta, phi                       # copies for every task
+        for each inner step:                              # inner_step
+            phi_k   -= rate * unit step against loss_d on the support
+            theta_k -= rate * unit step against loss_g on the support
+        score = energy_distance(generator(theta_k, z), query)
+        maml = d score / d (theta, phi, log rates)        # through all inner steps
+        reptile = (theta, phi) - mean of the tasks' (theta_k, phi_k)
+        (theta, phi, log rates) -= Adam of maml/|maml| + reptile/|reptile|
+
+MAML asks how the start should change so that the score *after* the inner steps gets better. Each
+inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
+the start towards the weights at which the inner steps arrived.
 """
-import argparse, io, itertools, json, math, os, random, re, socket, sys, time, zlib
+import argparse, ast, hashlib, io, itertools, json, math, os, random, re, socket, sys, time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: idle threads spin less
+# Must be set before torch is imported: waiting threads then burn less of the CPU.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
-from torch.autograd import grad
+from torch.func import grad, vjp
 
-from kernels import fused_linear, keep_memory, replay, why_not_triton
-
-def option(default, text, **how):
-    """A setting that is an option; how: for argparse."""
-    if type(default) in (int, float):
-        how, text = {"type": type(default), "metavar": "N"}, f"{text} ({default})"
-    return field(default=default, metadata={"help": text, **how})
-
-SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # of the default run
-START = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
+import kernels
+from kernels import Recorded, fused_linear
 
 @dataclass
 class Settings:
-    """All that decides a run, `args` from here on."""
-    source: tuple = option(("mnist",), "source domains (mnist)", nargs="+", metavar="SPEC")
-    target: tuple = option(("fashion",), "target domains (fashion)", nargs="+", metavar="SPEC")
-    data_dir: str = option("data", "where data sets are, or go to (data)", metavar="DIR")
-    out: str = option(None, "folder for the results (runs/SOURCE-TARGET)", metavar="DIR")
-    seed: int = option(0, "decides all that is random")
-    device: str = option("cuda" if torch.cuda.is_available() else "cpu",
-                         "cpu, cuda, cuda:1 ... (cuda, if there is one)", metavar="NAME")
-    kernel: str = option("auto", "of the linear layers", choices=("auto", "torch", "triton"))
-    dry_run: bool = option(False, "everything once, tiny, in a minute", action="store_true")
-    algorithm: str = option("both", "meta-learner", choices=("maml", "fomaml", "reptile", "both"))
-    shots: int = option(25, "support images of a task; --adapt: all, if fewer")
-    inner_steps: int = option(5, "inner steps on the support")
-    inner_lr: float = option(2e-3, "G's inner rate to begin with, twice D's")
-    warm_steps: int = option(5000, "steps of ordinary GAN training to start from")
-    meta_steps: int = option(500, "episodes")
-    meta_batch: int = option(1, "pairs of an episode, two tasks each")
-    meta_lr: float = option(4e-4, "outer learning rate")
-    test_seeds: int = option(5, "draws of the support in meta-testing")
-    tables: tuple = option(None, "print the tables of finished runs", nargs="+", metavar="RUN")
-    test: str = option(None, "test on all classes of --target (the start in assets)", **START)
-    adapt: str = option(None, "adapt to --target, and generate (the start in assets)", **START)
-    steps: int = option(100, "steps of --adapt")
-    samples: int = option(64, "images that --adapt generates")
-    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # no option
-    judge_steps: int = 500
+    """The hyper-parameters. Section 9 makes options of most; `args` has all options."""
+    algorithm: str = "both"  # MAML and Reptile together are better than either
+    shots: int = 25          # so many images a user may have
+    inner_steps: int = 5     # an episode's memory and time grow with each
+    inner_lr: float = 2e-3   # G's first inner rate, and twice D's; all rates are learned
+    warm_steps: int = 5000   # ordinary GAN steps; without a warm start all results were worse
+    meta_steps: int = 500    # episodes; twice as many gained nothing
+    meta_batch: int = 1      # pairs of an episode
+    meta_lr: float = 4e-4    # outer rate, found by search
+    test_seeds: int = 5      # draws of the support in a test; the ± shows their spread
+    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)
+    judge_steps: int = 500   # training steps of the classifier that measures
 
-class UserError(Exception):
-    """Something that the user can put right."""
-
-def require(fine, message):
-    if not fine:
-        raise UserError(message)
-
-# 1  Networks as functions. "# [T, B]" is a shape: T tasks, B images, K inputs, N outputs ---
+# 1  Networks --------------------------------------------------------------------------
+# A comment such as "# [T, B, 784]" is the shape of a tensor:
+# T tasks, B images, K inputs of a layer, N outputs.
 PIXELS, NOISE = 28 * 28, 100
 GENERATOR_SIZES = (NOISE, 256, 512, 1024, PIXELS)
 DISCRIMINATOR_SIZES = (PIXELS, 1024, 512, 256, 1)
-KERNEL = "auto"  # backend of all linear layers, set by --kernel
 
-def new_parameters():
-    """[*theta, *phi], 8 tensors each: weights [T, N, K], biases [T, N]; T = 1, tasks share them."""
-    sizes = [*itertools.pairwise(GENERATOR_SIZES), *itertools.pairwise(DISCRIMINATOR_SIZES)]
-    layers = [torch.nn.Linear(inputs, outputs) for inputs, outputs in sizes]
-    return [p.detach().unsqueeze(0) for layer in layers for p in layer.parameters()]
+class Players(NamedTuple):
+    """The weights of G and D: lists of a weight [T, N, K] and a bias [T, N] for each layer.
+    Every task has weights of its own, so a layer is one batched product over the tasks."""
+    theta: list
+    phi: list
+
+class Start(NamedTuple):
+    """What meta-training learns. All tasks share the weights, so T = 1."""
+    theta: list
+    phi: list
+    log_rates: torch.Tensor  # [inner steps, 2, layers], of G and D; a logarithm cannot change sign
+
+def new_players():
+    """Random `Players` with T = 1."""
+    def layers(sizes):
+        modules = [torch.nn.Linear(k, n) for k, n in itertools.pairwise(sizes)]
+        return [p.detach().unsqueeze(0) for module in modules for p in module.parameters()]
+    return Players(layers(GENERATOR_SIZES), layers(DISCRIMINATOR_SIZES))
+
+def each(function, players):
+    """The `Players` that a function makes of each tensor of `Players` or of a `Start`."""
+    return Players(list(map(function, players.theta)), list(map(function, players.phi)))
 
 def network(parameters, x, slope):
-    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N]"""
+    """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
+    fused_linear is leaky_relu(x @ weight.mT + bias, slope), on a GPU as one kernel if asked for."""
     *hidden, last = zip(parameters[::2], parameters[1::2])
     for weight, bias in hidden:
-        x = fused_linear(x, weight, bias, slope, backend=KERNEL)
-    return fused_linear(x, *last, slope=1.0, backend=KERNEL)
+        x = fused_linear(x, weight, bias, slope)
+    return fused_linear(x, *last, slope=1.0)  # a slope of 1 is no LeakyReLU
 
 def generator(theta, z):
-    """Noise z [T, B, 100] -> images in [-1, 1]  # [T, B, 784]"""
-    return network(theta, z, slope=0.0).tanh()
+    """Noise z [T, B, 100] -> images in [-1, 1] [T, B, 784]."""
+    return network(theta, z, slope=0.0).tanh()  # a slope of 0 is ReLU
 
 def discriminator(phi, x):
-    """Images [T, B, 784] -> logits, positive where D takes them for real  # [T, B]"""
+    """Images x [T, B, 784] -> logits [T, B], positive where D takes them for real."""
     return network(phi, x, slope=0.2).squeeze(-1)
 
 def noise(tasks, n):
     return torch.randn(tasks, n, NOISE)
 
-# 2  The game, and a score that no player can cheat ---
-ENERGY = 0.1  # c in G's loss
+# 2  The game and the score ------------------------------------------------------------
+ENERGY = 0.1  # weight of the distance in G's loss, found by search
 
 def loss_d(real_logits, fake_logits):
-    """D's loss, equation (1): softplus stays finite where log(sigmoid) does not  # [T]"""
+    """D's loss of logits [T, B] and [T, n], high where D is wrong  # [T]
+    softplus(-x) is -log(sigmoid(x)), and finite for every x."""
     return F.softplus(-real_logits).mean(-1) + F.softplus(fake_logits).mean(-1)
 
-def energy_distance(x, y):
-    """e, the score: 2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, d] and y [T, m, d]  # [T]
-
-    Its expectation is least, and 0, where both have one distribution (for GANs Bellemare et al.
-    2017, arXiv 1705.10743). If D scored, G could lower the score by spoiling D. No D takes part, so
-    the outer gradient may run through both players: phi_0 learns to be a D that teaches G fast.
-    """
-    def distance(a, b):  # |a|^2 + |b|^2 - 2 a b, and no slope at 0  # [T, n, m]
-        squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(1)
-        return torch.baddbmm(squares, a, b.mT, alpha=-2).clamp(min=1e-3).sqrt()
-    def within(images):  # every pair once, none of an image with itself
-        n = images.shape[1]
-        return distance(images, images).triu(1).sum((1, 2)) * 2 / max(1, n * (n - 1))
-    return 2 * distance(x, y).mean((1, 2)) - within(x) - within(y)
-
 def loss_g(fake_logits, fake, real):
-    """G's loss, equation (1): non-saturating (Goodfellow et al. 2014, arXiv 1406.2661) and the
-    distance. D sees one image at a time; the distance sees that all are too alike.  # [T]"""
+    """G's loss of drawn images [T, n, 784], their logits, and real images [T, B, 784]  # [T]
+
+    It is high where D is right (non-saturating: Goodfellow et al. 2014, arXiv 1406.2661). But D
+    sees one image at a time, and not that all are alike. The distance, which compares the set of
+    drawn images with the set of real ones, does."""
     return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
-# 3  Inner loop: the players adapt to a task ---
-FAKES = 64  # generated images in a step; more than the shots, for they cost only time
+def energy_distance(x, y):
+    """2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, 784] and y [T, m, 784]  # [T]
+
+    On average it is 0 if x and y have one distribution, and else more (for GANs: Bellemare et al.
+    2017, arXiv 1705.10743). It is the score, too. D cannot be: an outer step changes D, and would
+    learn to spoil it."""
+    def distances(a, b):  # from |a - b|^2 = |a|^2 + |b|^2 - 2 a b  # [T, n, m]
+        squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(1)
+        squares = torch.baddbmm(squares, a, b.mT, alpha=-2)
+        return squares.clamp(min=1e-3).sqrt()  # at 0 the slope of a root is infinite
+    def within(images):  # the mean over pairs of different images
+        n = images.shape[1]
+        return distances(images, images).triu(1).sum((1, 2)) * 2 / max(1, n * (n - 1))
+    return 2 * distances(x, y).mean((1, 2)) - within(x) - within(y)
+
+# 3  Inner loop: G and D adapt to a task -----------------------------------------------
+FAKES = 64  # drawn images in a step: more than the shots, as drawing costs only time
 
 def inner_step(theta, phi, rates, real, second_order=True):
-    """A step of D, then one of G, equation (2), on real images [T, B, 784]. Returns theta', phi'.
+    """A step of D, then one of G against the new D. Returns the new theta and phi.
 
-    theta, phi: [T, ...]; rates [2, 4]: for each player and layer, new in each step
-    (Antoniou et al. 2019, arXiv 1810.09502). second_order: gradients keep their graph.
+    theta, phi: weights [T, ...]. rates [2, layers]: of G and D; every step and layer has its own
+    (Antoniou et al. 2019, arXiv 1810.09502). real: images [T, B, 784]. Without second_order the
+    gradients become constants.
 
-    The gradients are *partial*. L_D depends on phi by a second path, phi -> theta -> fake -> L_D,
-    for theta was last stepped against this phi. `grad` would follow it, but theta must be held
-    constant. So we ask for the gradient of an alias (view_as), which theta has never met. To
-    detach the fakes instead would cut the outer gradient, too. Neither mistake raises an error.
+    An inner gradient is *partial*. D's loss depends on phi directly, but also through `fake`,
+    because earlier steps of theta used phi. Only the first is meant. `grad(f)(phi)` of torch.func
+    differentiates f by its argument, with all else constant in this derivative, while the outer
+    gradient still passes through everything. torch.autograd.grad would follow both ways, and
+    `fake.detach()` would cut the outer gradient. Neither mistake raises an error.
     """
     rates_g, rates_d = rates
-    phi = [p.view_as(p) for p in phi]
-    fake = generator(theta, noise(len(real), FAKES))  # [T, FAKES, 784]
-    logits = discriminator(phi, torch.cat([real, fake], 1))  # [T, B + FAKES]
-    loss = loss_d(logits[:, :real.shape[1]], logits[:, real.shape[1]:]).sum()
-    phi = descend(phi, rates_d, grad(loss, phi, create_graph=second_order))
-    shown = fake.view_as(fake)  # an alias: phi' was made from fake, and must be held constant
-    loss = loss_g(discriminator(phi, shown), shown, real).sum()
-    of_fake, = grad(loss, shown, create_graph=second_order)  # dL_G / dG(z)
-    theta = descend(theta, rates_g, grad(fake, theta, of_fake, create_graph=second_order))
-    return theta, phi
+    z = noise(len(real), FAKES)
+    fake, pull_back = vjp(lambda theta: generator(theta, z), theta)  # [T, FAKES, 784]
 
-def descend(parameters, rates, gradients):
-    """p - a u(g), equation (2), for weights and biases, with a rate a for every layer: rates [4].
-    A step of u is as long in every task; one of g is short where gradients are small."""
-    def u(g):  # [T, ...]
-        return g / g.square().mean(tuple(range(1, g.dim())), keepdim=True).add(1e-20).sqrt()
-    rates = rates.repeat_interleave(2)
-    return [p - a * u(g) for p, a, g in zip(parameters, rates, gradients)]
+    def game_d(phi):
+        logits = discriminator(phi, torch.cat([real, fake], 1))  # faster than one by one
+        real_logits, fake_logits = logits.split([real.shape[1], FAKES], 1)
+        return loss_d(real_logits, fake_logits).sum()
 
-# 4  Outer loop: the initialisation learns ---
-class Episode(NamedTuple):
-    """The images of T tasks, in [-1, 1]."""
-    support: torch.Tensor  # [T, shots, 784]
-    query: torch.Tensor  # [T, queries, 784], none of them in the support
+    phi = descend(phi, rates_d, grad(game_d)(phi), second_order)
 
-def meta_gradient(leaves, episode, algorithm):
-    """Score of an episode, and what to descend along for leaves = [*theta, *phi, log_rates].
+    def game_g(fake):
+        return loss_g(discriminator(phi, fake), fake, real).sum()
 
-    maml     through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   first order: the steps' gradients are constants (the same paper); D's is then 0
-    reptile  the start minus the mean of the adapted (Nichol et al. 2018, arXiv 1803.02999)
-    both     g/|g| + r/|r|, equation (3)
+    of_theta, = pull_back(grad(game_g)(fake))  # chain rule: by the images, then by theta
+    return descend(theta, rates_g, of_theta, second_order), phi
+
+def descend(parameters, rates, gradients, second_order):
+    """p - rate * g / rms(g), with the rms over one tensor of one task. So the rate is the length
+    of the step, however small the gradient. rates [layers]: of a weight and its bias."""
+    moved = []
+    for p, rate, g in zip(parameters, rates.repeat_interleave(2), gradients):
+        g = g if second_order else g.detach()
+        rms = g.square().mean(tuple(range(1, g.dim())), keepdim=True).add(1e-20).sqrt()
+        moved.append(torch.addcmul(p, rate / rms, g, value=-1))
+    return moved
+
+# 4  Outer loop: the start learns ------------------------------------------------------
+def meta_gradient(start, support, query, algorithm):
+    """Score of an episode, and what to step against: tensors like [*theta, *phi, log_rates].
+    The images of T tasks: support [T, shots, 784], query [T, queries, 784].
+
+    maml     the score's gradient through all inner steps (Finn et al. 2017, arXiv 1703.03400)
+    fomaml   the same to first order: inner gradients are constants (same paper). Then nothing in
+             the score depends on D, whose part is 0
+    reptile  start - mean of the adapted weights (Nichol et al. 2018, arXiv 1803.02999)
+    both     maml/|maml| + reptile/|reptile|
     """
-    support, query = episode
     tasks, queries, _ = query.shape
-    shared = [p.expand(tasks, *p.shape[1:]) for p in leaves[:-1]]  # [T, ...], without a copy
-    theta, phi, rates = shared[:8], shared[8:], leaves[-1].exp()
-    second_order = algorithm in ("maml", "both")
-    for step_rates in rates:
-        theta, phi = inner_step(theta, phi, step_rates, support, second_order)
+    shared, log_rates = each(differentiable, start), differentiable(start.log_rates)
+    # A copy for every task. Backwards, autograd adds up the gradients of these copies.
+    theta, phi = each(lambda p: p.expand(tasks, *p.shape[1:]), shared)
+    for rates in log_rates.exp():
+        theta, phi = inner_step(theta, phi, rates, support, algorithm in ("maml", "both"))
     fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
     score = energy_distance(fake, query).mean()
-    ends = [end.detach().mean(0, keepdim=True) for end in (*theta, *phi)]
-    reptile = [p.detach() - end for p, end in zip(leaves[:-1], ends)] + [torch.zeros_like(rates)]
-    if algorithm == "reptile":
-        return score.detach(), reptile
-    gradient = grad(score, leaves, materialize_grads=True)
+
+    leaves = [*shared.theta, *shared.phi, log_rates]
+    if algorithm != "reptile":
+        direction = torch.autograd.grad(score, leaves, materialize_grads=True)
+    if algorithm in ("reptile", "both"):
+        reptile = [p.detach() - adapted.detach().mean(0, keepdim=True)
+                   for p, adapted in zip(leaves, [*theta, *phi])]
+        reptile.append(torch.zeros_like(log_rates))  # Reptile has nothing to say of rates
     if algorithm == "both":
-        gradient = [g + r for g, r in zip(unit(gradient), unit(reptile))]
-    return score.detach(), gradient
+        direction = [m + r for m, r in zip(unit(direction), unit(reptile))]
+    elif algorithm == "reptile":
+        direction = reptile
+    return score.detach(), direction
+
+def differentiable(tensor):
+    return tensor.detach().requires_grad_()
 
 def unit(tensors):
     """The same direction, of length one."""
     length = torch.nn.utils.get_total_norm(tensors)
     return [t / length for t in tensors]
 
-def adam(leaves, lr):
-    """Adam with the short momentum that suits a game."""
-    return torch.optim.Adam(leaves, lr, betas=(0.5, 0.999), fused=True)
-
-# 5  Domains, known or made up, and their pairs ---
+# 5  Domains, known and made up --------------------------------------------------------
 QUERIES = 64  # images that score a generator
-MADE_UP, MIXED = 0.7, 0.3  # shares of tasks whose domain is made up, or of two kinds
-PEN, FILLED = 0.3, 0.57  # shares: outlines among those; of the rest, what covers the frame
+# The few known classes would soon be learned by heart. A made-up domain never returns, so only
+# its support can tell what it looks like. These shares were found by search:
+MADE_UP = 0.7  # of tasks that get a made-up domain
+MIXED = 0.3  # of tasks that take half of their images from another, as users' folders may
+PEN = 0.3  # of made-up domains that are drawn with a pen
+FILLED = 0.57  # of the others that fill the frame
 
 class Domains(NamedTuple):
-    """All images of a run, and its pairs (source class, target class)."""
+    """All images of a run, and what to train and to test on."""
     images: dict  # 'mnist 7' -> uint8 [n, 784], bright on dark
-    train: list  # pairs to meta-train on
-    test: list  # held-out targets
+    train: list  # pairs (source class, target class)
+    test: list  # held-out target classes
     fewest: int  # images of the smallest class
     title: str  # 'mnist and fashion'
 
-def some(images, n):
-    """n random ones, different if there are so many: uint8 [m, 784] -> [-1, 1], [n, 784]"""
-    chosen = torch.randperm(len(images))[torch.arange(n) % len(images)]
-    return images[chosen] / 127.5 - 1
+def sample(images, n):
+    """n random images, none twice before all came once: uint8 [m, 784] -> [-1, 1] [n, 784]."""
+    order = torch.randperm(len(images))
+    return images[order[torch.arange(n) % len(images)]] / 127.5 - 1
 
 def sample_images(domains, classes, n):
-    """n images of each of the classes  # [T, n, 784]"""
-    return torch.stack([some(domains.images[name], n) for name in classes])
+    """n images of each class  # [T, n, 784]"""
+    return torch.stack([sample(domains.images[name], n) for name in classes])
 
 def sample_pairs(domains, n):
-    """n random pairs: a list of 2 n classes, source and target in turn."""
+    """n random pairs, as a list of 2 n classes."""
     return [name for pair in random.choices(domains.train, k=n) for name in pair]
 
 def split(images, shots):
-    """Images [T, n, 784] as an `Episode`: the first ones are the support."""
-    return Episode(images[:, :shots], images[:, shots:])
+    """Images [T, n, 784] as support [T, shots, 784] and query [T, n - shots, 784]."""
+    return images[:, :shots], images[:, shots:]
 
-def made_up(images):
-    """Known domains [T, n, 784], of which most are replaced by `level_sets`. None of those ever
-    returns: its support alone tells of it."""
+def with_made_up(images):
+    """Images of known domains [T, n, 784], most of which are replaced by made-up domains."""
     tasks, n, _ = images.shape
-    new = level_sets(torch.rand(tasks) < PEN, n)
-    return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, new, images)
+    made_up = level_sets(torch.rand(tasks) < PEN, n)
+    return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, made_up, images)
 
-def mixed(images):
-    """Half of the images of some tasks [T, n, 784] from another: a user's are not all alike."""
+def with_mixtures(images):
+    """Images [T, n, 784]. Some tasks get half of their images from another: t from T - 1 - t."""
     tasks, n, _ = images.shape
-    others = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
-    return torch.where(others, images.flip(0), images)
+    replaced = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
+    return torch.where(replaced, images.flip(0), images)
 
 def level_sets(pen, n):
-    """Images of nameless things: a smooth random field for a task, varied in each image. Bright
-    is where it is positive or, with a pen, its zero line.  # pen: bool [T] -> [T, n, 784]"""
+    """n images of each made-up domain; pen: bool [T]  # [T, n, 784]
+
+    A domain is a smooth random landscape, and each of its images raises or lowers that a little.
+    Bright is what lies above the water or, with a pen, the shore. The numbers were chosen by eye:
+    domains should differ more than the images of one.
+    """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
-    def uniform(low, high):  # [T, 1, 1, 1]
+
+    def uniform(low, high):  # a number for each domain  # [T, 1, 1, 1]
         return low + (high - low) * torch.rand(tasks, 1, 1, 1)
-    def smooth(many, cells):  # [T, many, 28, 28]
+
+    def smooth(many, cells):  # heights from a coarse grid  # [T, many, 28, 28]
         grid = torch.randn(tasks, many, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
+
     height = smooth(1, 6) + 0.5 * smooth(1, 4) + uniform(0.1, 0.5) * smooth(n, 5)
+
+    # Most domains are islands: high in the middle, under water along the frame.
     line = torch.linspace(-1, 1, 28)
-    island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)  # high in the middle
+    island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)
     filled = (uniform(0, 1) < FILLED) & ~pen
     height = torch.where(filled, height, height + island)  # [T, n, 28, 28]
+
+    # Height divided by steepness is about the distance to the shore, in pixels.
     steepness = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
-    inside = height / (steepness + 0.05)  # about the pixels to the outline
-    cover = torch.where(pen, uniform(0.8, 2) - inside.abs(), inside).mul(2).sigmoid()
+    to_shore = height / (steepness + 0.05)
+    inside = torch.where(pen, uniform(0.8, 2) - to_shore.abs(), to_shore)
+    cover = (2 * inside).sigmoid()  # soft edges
+
+    # The other islands have grey, uneven surfaces.
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
-# 6  Training; `training`, in section 8, is a range that saves, goes on, and prints numbers ---
-GAN_BATCH = 64  # real images in an ordinary GAN step
-R1 = 10  # weight of a penalty on D's slope: the players circle less
+# 6  Training --------------------------------------------------------------------------
+GAN_BATCH, GAN_LR = 64, 2e-4  # real images, and Adam's rate: usual ones for a GAN
+R1 = 10  # weight of a penalty on D's slope (Mescheder et al. 2018, arXiv 1801.04406)
+RATES_LR = 15  # log rates need larger steps than weights: so many times, by search
+TRANSFER_STEPS = 20  # ordinary steps that take as long as a pair of an episode (2 cores)
+SAVE_SECONDS = 30
 
-def update(optimizers, leaves, gradients):
-    """The optimisers' step with these gradients; none unless all of them are finite."""
-    finite = torch.nn.utils.get_total_norm(gradients).isfinite().item()
-    if finite:
-        for leaf, gradient in zip(leaves, gradients):
-            leaf.grad = gradient.contiguous()  # fused Adam misreads a transposed one, silently
-        for optimizer in optimizers:
-            optimizer.step()
-    return finite
+def reseed(*key):
+    """All random numbers from here on follow from the key."""
+    random.seed(repr(key))
+    torch.manual_seed(random.getrandbits(32))
 
-def gan_step(leaves, optimizers, real):
-    """A step of D, then of G against it, by optimisers, on real images [T, B, 784]."""
-    batch = [real, noise(len(real), FAKES)]
-    d, gradient = replay(gradient_d, leaves, batch)
-    finite_d = update(optimizers[1:], leaves[8:], gradient)
-    g, gradient = replay(gradient_g, leaves, batch)
-    finite_g = update(optimizers[:1], leaves[:8], gradient)
-    return {"finite": finite_d and finite_g, "D": d.item(), "G": g.item()}
+def run_stage(stage, steps, do_step, tensors, optimizers, args):
+    """Call do_step(0), ..., do_step(steps - 1). Prints and saves every 30 s.
 
-def gradient_d(leaves, batch):
-    """D's loss, with the penalty R1 (Mescheder et al. 2018, arXiv 1801.04406), and its gradient."""
-    theta, phi, real = leaves[:8], leaves[8:], batch[0].detach().requires_grad_()
-    logits = discriminator(phi, real)
-    slope, = grad(logits.sum(), real, create_graph=True)  # [T, B, 784]
-    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # [T]
-    fake = generator(theta, batch[1]).detach()
-    loss = (loss_d(logits, discriminator(phi, fake)) + penalty).sum()
-    return loss.detach(), grad(loss, phi)
+    do_step changes the tensors in place and returns numbers to print, as {name: value}. One may
+    be "skipped": how many updates it left out, because a gradient was not finite.
 
-def gradient_g(leaves, batch):
-    """G's loss and its gradient."""
-    theta, phi, (real, z) = leaves[:8], leaves[8:], batch
-    fake = generator(theta, z)
-    loss = loss_g(discriminator(phi, fake), fake, real).sum()
-    return loss.detach(), grad(loss, theta)
+    What was stopped, even by kill -9, goes on from the last save, and ends with the same bits:
+    state/STAGE.pt has the steps done, the tensors and the optimizers' states, and the random
+    numbers of a step follow from seed, stage and step alone.
+    """
+    path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
+    if path.exists():
+        first, skipped, values, states = load(path)
+        torch._foreach_copy_(tensors, values)
+        for optimizer, state in zip(optimizers, states):
+            optimizer.load_state_dict(state)
+    began, saved = time.monotonic(), -math.inf
+    for step in range(first, steps):
+        reseed(args.seed, stage, step)
+        numbers = do_step(step)
+        skipped = skipped + numbers.pop("skipped", 0)
+        done, now = step + 1, time.monotonic()
+        if done == steps or now - saved > SAVE_SECONDS:
+            left = (now - began) / (done - first) * (steps - done)
+            shown = "".join(f", {name} {float(value):.3g}" for name, value in numbers.items())
+            say(f"{stage} {done}/{steps}, {left:.0f} s left, {int(skipped)} skipped{shown}",
+                sys.stderr)
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            save(path, (done, int(skipped), tensors, states))
+            saved = now
+    if skipped > steps / 10:
+        say(f"warning: {stage} left out {int(skipped)} updates of {steps} steps, whose gradients "
+            "were not finite. Do not trust this run", sys.stderr)
 
-def train_gan(stage, start, steps, domains, args):
-    """Ordinary GAN training, four domains a step, most of them made up. Returns the parameters."""
-    leaves = [p.detach().clone().requires_grad_() for p in start]
-    optimizers = [adam(leaves[:8], 2e-4), adam(leaves[8:], 2e-4)]
-    for _, numbers in training(stage, steps, leaves, optimizers, args):
-        real = made_up(sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4))
-        numbers.update(gan_step(leaves, optimizers, real.reshape(1, GAN_BATCH, PIXELS)))
-    return leaves
+def adam(tensors, lr):
+    """Adam with the short memory (0.5) that suits a game, in which gradients keep turning."""
+    return torch.optim.Adam(tensors, lr, betas=(0.5, 0.999), fused=True, capturable=True)
+
+def apply_gradients(optimizer, gradients):
+    """A step of the optimizer with gradients [T, ...], left out if those of every task have an
+    inf or nan. Returns how many were left out, 0 or 1  # []"""
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])  # [tensors, T]
+    some_task_is_fine = norms.isfinite().all(0).any()
+    optimizer.found_inf = 1 - some_task_is_fine.float()  # fused Adam asks this on the device
+    for p, g in zip(optimizer.param_groups[0]["params"], gradients):
+        p.grad = g.contiguous()  # fused Adam takes a transposed one for contiguous, silently
+    optimizer.step()
+    return optimizer.found_inf
+
+def gan_step(players, optimizers, real, z):
+    """An ordinary step of D, then one of G, in place. Returns numbers to print.
+    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi."""
+    optimizer_g, optimizer_d = optimizers
+    theta, phi = each(differentiable, players)
+    fake = generator(theta, z)  # [T, n, 784]
+    real_logits, to_images = vjp(lambda real: discriminator(phi, real), real)
+    slope, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
+    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # keeps D and G from circling
+    d = (loss_d(real_logits, discriminator(phi, fake.detach())) + penalty).sum()
+    skipped_d = apply_gradients(optimizer_d, torch.autograd.grad(d, phi))
+
+    g = loss_g(discriminator(players.phi, fake), fake, real).sum()
+    skipped_g = apply_gradients(optimizer_g, torch.autograd.grad(g, theta))
+    return {"skipped": torch.maximum(skipped_d, skipped_g), "D": d.detach(), "G": g.detach()}
+
+def train_gan(stage, players, steps, domains, args):
+    """Ordinary GAN training on four domains a step, most of them made up. Returns `Players`."""
+    players = each(torch.clone, players)
+    optimizers = [adam(weights, GAN_LR) for weights in players]
+    step_on = Recorded(partial(gan_step, players, optimizers))
+
+    def do_step(_):
+        real = sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4)  # [4, 16, 784]
+        return step_on(with_made_up(real).reshape(1, GAN_BATCH, PIXELS), noise(1, FAKES))
+
+    run_stage(stage, steps, do_step, [*players.theta, *players.phi], optimizers, args)
+    return players
 
 def meta_train(warm, domains, args):
-    """Outer steps from the parameters `warm`. Returns [*theta, *phi, log_rates]."""
-    rates = args.inner_lr * torch.tensor([[1.0], [0.5]])
-    log_rates = rates.log().repeat(args.inner_steps, 1, 4)  # [steps, G or D, layer]
-    leaves = [p.detach().clone().requires_grad_() for p in (*warm, log_rates)]
-    optimizers, steps = [adam(leaves[:-1], 0.0), adam(leaves[-1:], 0.0)], args.meta_steps
+    """Episodes, from the weights `warm`. Returns a `Start`."""
+    rates = args.inner_lr * torch.tensor([[1.0], [0.5]])  # of G and D
+    layers = len(warm.theta) // 2
+    start = Start(*each(torch.clone, warm), rates.log().repeat(args.inner_steps, 1, layers))
+    weights = [*start.theta, *start.phi]
+    lrs = torch.zeros(2).unbind()  # tensors, so that a recorded step sees them change
+    optimizers = [adam(weights, lrs[0]), adam([start.log_rates], lrs[1])]
     n = min(args.shots + QUERIES, domains.fewest)
-    gradient_of = partial(meta_gradient, algorithm=args.algorithm)
-    for step, numbers in training("meta-training", steps, leaves, optimizers, args):
-        lr = args.meta_lr * min(1, 2 - 2 * step / steps)  # falls to 0 in the second half
-        for optimizer, factor in zip(optimizers, (1, 15)):  # a logarithm must move faster
-            optimizer.param_groups[0]["lr"] = factor * lr
+
+    def outer_step(support, query):
+        score, direction = meta_gradient(start, support, query, args.algorithm)
+        direction = unit(direction)  # no episode outweighs another
+        skipped = apply_gradients(optimizers[0], direction[:-1])
+        apply_gradients(optimizers[1], direction[-1:])
+        return {"skipped": skipped, "score": score}
+
+    outer_step = Recorded(outer_step)
+
+    def do_step(step):
+        lr = args.meta_lr * min(1, 2 - 2 * step / args.meta_steps)  # falls in the second half
+        for optimizer, factor in zip(optimizers, (1, RATES_LR)):
+            optimizer.param_groups[0]["lr"].fill_(factor * lr)
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
-        episode = split(mixed(made_up(images)), args.shots)
-        score, gradient = replay(gradient_of, leaves, episode)
-        finite = update(optimizers, leaves, unit(gradient))  # no episode outweighs the others
-        numbers.update(finite=finite, score=score.item())
-    return leaves
+        return outer_step(*split(with_mixtures(with_made_up(images)), args.shots))
+
+    tensors = [*weights, start.log_rates]
+    run_stage("meta-training", args.meta_steps, do_step, tensors, optimizers, args)
+    return start
 
 def train_all(domains, args):
-    """Warm start, baseline, episodes. Returns the initialisation. The baseline, transfer, is
-    in state/: for every pair of an episode 20 more ordinary steps, which take about as long."""
+    """Returns the `Start`, and the `Players` of the baseline. That is transfer: the warm start's
+    training goes on, for as long as the episodes take."""
     reseed(args.seed, "start")
-    warm = train_gan("warm start", new_parameters(), args.warm_steps, domains, args)
-    train_gan("transfer", warm, 20 * args.meta_batch * args.meta_steps, domains, args)
-    return meta_train(warm, domains, args)
+    warm = train_gan("warm start", new_players(), args.warm_steps, domains, args)
+    steps = TRANSFER_STEPS * args.meta_batch * args.meta_steps
+    transfer = train_gan("transfer", warm, steps, domains, args)
+    return meta_train(warm, domains, args), transfer
 
-# 7  Meta-testing: few steps on held-out domains, baselines, measures, pictures ---
-GO_ON_LR = 1e-3  # Adam's rate after the learned steps
-TRANSFER_LRS = 1e-3, 2e-3  # without learned steps
+# 7  Meta-testing (the method is told; from here on we measure and serve) ---------------
+ADAM_LR = 1e-3  # after the learned steps, chosen on validation classes
+TRANSFER_LRS = 1e-3, 2e-3  # for transfer, each in a row of its own
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
 
-def few_shot(support, start, lr=GO_ON_LR):
-    """Adapt to a support [T, shots, 784]. Yields theta before and after every step, without end.
-    start: [*theta, *phi, log_rates] for the learned inner steps, then Adam at the rate lr,
-    in place; or [*theta, *phi] for Adam alone."""
-    shared = [p.detach().requires_grad_().expand(len(support), *p.shape[1:]) for p in start[:16]]
-    theta, phi = shared[:8], shared[8:]
-    learned = start[16].detach().exp() if len(start) > 16 else []
-    yield theta
-    for rates in learned:
-        theta, phi = inner_step(theta, phi, rates, support, second_order=False)
-        yield theta
-    leaves = [p.detach().clone().requires_grad_() for p in (*theta, *phi)]
-    optimizers = [adam(leaves[:8], lr), adam(leaves[8:], lr)]
+def few_shot(support, start, lr=ADAM_LR):
+    """Adapt to a support [T, shots, 784]. Yields theta before the first step and after each,
+    without end.
+
+    A `Start` takes its learned inner steps first. `Players` have none. Then come ordinary GAN
+    steps by Adam at the rate lr, which change the yielded tensors in place.
+    """
+    players = each(lambda p: p.expand(len(support), *p.shape[1:]), start)
+    yield players.theta
+    for rates in start.log_rates.exp() if isinstance(start, Start) else ():
+        players = Players(*inner_step(*players, rates, support, second_order=False))
+        yield players.theta
+    players = each(torch.clone, players)
+    step_on = Recorded(partial(gan_step, players, [adam(weights, lr) for weights in players]))
     while True:
-        gan_step(leaves, optimizers, support)
-        yield leaves[:8]
+        step_on(support, noise(len(support), FAKES))
+        yield players.theta
 
 def translate(theta, images):
-    """One noise in two domains: z for which the first G of theta [2, ...] draws images [1, n, 784].
-    Returns the images and what both draw from z  # [3, n, 784]"""
-    z = noise(1, images.shape[1]).requires_grad_()
+    """Find noise from which the first G of theta [2, ...] draws images [1, n, 784]. Returns the
+    images, and what the first and the second G draw from that noise  # [3, n, 784]"""
+    first = [p[:1] for p in theta]
+    z = noise(1, images.shape[1])
     optimizer = torch.optim.Adam([z], 0.05)
-    for _ in range(300):
-        drawn = generator([p[:1] for p in theta], z)  # [1, n, 784]
-        z.grad, = grad((drawn - images).square().sum(), z)
+    for _ in range(300):  # it has settled by then
+        z.grad = grad(lambda z: (generator(first, z) - images).square().sum())(z)
         optimizer.step()
-    return torch.cat([images, generator(theta, z.expand(2, -1, -1)).detach()])
+    return torch.cat([images, generator(theta, z.expand(2, -1, -1))])
 
-def without_a_gan(episode, n):
-    """What a sceptic tries first with the support: {name: [T, n, 784]}"""
-    support = episode.support
+def without_a_gan(support, query, n):
+    """What needs no GAN: {name: images [T, n, 784]}."""
     tasks, shots, _ = support.shape
     mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
-    weights = torch.randn(tasks, n, components) * scale[:, None, :components]
-    gaussian = mean + weights @ directions[:, :components] / max(1, shots - 1) ** 0.5
-    return {"real images": episode.query[:, :n],
+    deviations = scale[:, None, :components] / max(1, shots - 1) ** 0.5
+    weights = torch.randn(tasks, n, components) * deviations
+    gaussian = mean + weights @ directions[:, :components]
+    return {"real images": query[:, :n],
             "support repeated": support[:, torch.arange(n) % shots],
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
 def train_judge(domains, args):
-    """A CNN, [n, 784] -> features [n, 64] -> logits. It knows all classes, and trains no GAN."""
+    """A classifier of all classes, also of held-out ones, since it trains no GAN and only
+    measures: [n, 784] -> features [n, 64] -> logits [n, classes]."""
     reseed(args.seed, "judge")
     names, nn = list(domains.images), torch.nn
-    features = nn.Sequential(  # no strides: they would let speckle pass
+    features = nn.Sequential(  # no strides, which would miss single pixels
         nn.Unflatten(-1, (1, 28, 28)), nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2),
         nn.Conv2d(16, 32, 5, padding=2), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
         nn.Linear(1568, 64), nn.ReLU())
     judge = nn.Sequential(features, nn.Linear(64, len(names)))
-    leaves = list(judge.parameters())
-    optimizers = [adam(leaves, 1e-3)]
-    for _, numbers in training("judge", args.judge_steps, leaves, optimizers, args):
+    optimizer = adam(judge.parameters(), 1e-3)
+
+    def do_step(_):
         labels = torch.randint(len(names), (128,))
         x = sample_images(domains, [names[label] for label in labels], 1).squeeze(1)  # [128, 784]
         loss = F.cross_entropy(judge(x), labels)
-        numbers.update(finite=update(optimizers, leaves, grad(loss, leaves)), loss=loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach()}
+
+    tensors = [p.detach() for p in judge.parameters()]
+    run_stage("judge", args.judge_steps, do_step, tensors, [optimizer], args)
     return judge.requires_grad_(False)
 
 def frechet_distance(a, b):
@@ -431,46 +528,50 @@ def frechet_distance(a, b):
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.inf
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    # The trace of a root is the sum of the roots of the eigenvalues.
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     return distance.clamp(min=0).item()
 
 def judge_samples(x, support, query, label, judge):
-    """The METRICS of samples x [n, 784] of a task. Of the query [2 n, 784] one half scales
-    "nearest", the other is the Fréchet distance's reference. label: a class index."""
-    fresh, reference = query.chunk(2)
-    features, mine = judge[0](x), torch.cdist(x, support).amin(1).mean()
+    """The METRICS of samples x [n, 784] of a task. One half of its query [2 n, 784] scales
+    "nearest", the other is what the Fréchet distance is from. label: the index of its class."""
+    def to_support(images):
+        return torch.cdist(images, support).amin(1).mean()
+    real, reference = query.chunk(2)
+    features = judge[0](x)
     logits = judge[1](features)  # [n, classes]
-    usual = torch.cdist(fresh, support).amin(1).mean().clamp(min=1e-9)
+    recognised = logits.amax(-1) == logits[:, label]  # a nan equals nothing
     return {"frechet": frechet_distance(features, judge[0](reference)),
-            "recognised": (logits.amax(-1) == logits[:, label]).double().mean().item(),
-            "nearest": (mine / usual).item()}
+            "recognised": recognised.double().mean().item(),
+            "nearest": (to_support(x) / to_support(real).clamp(min=1e-9)).item()}
 
-def meta_test(starts, judge, domains, args):
-    """Test {method: (start, Adam's rate)} on the same images of the held-out targets. Returns
-    rows, a dict for every method, draw, number of steps and target."""
+def meta_test(methods, judge, domains, args):
+    """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets.
+    Returns rows, a dict for every method, draw, number of steps and target; and nine images of
+    each row of the first draw, {(target, method, steps): [9, 784]}."""
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
-    first, rows = load(path) if path.exists() else (0, [])
-    tests = list(itertools.product(range(args.test_seeds), ("no GAN", *starts)))
-    for number, (seed, method) in enumerate(tests[first:], first + 1):
+    done, rows, film = load(path) if path.exists() else (0, [], {})
+    tests = list(itertools.product(range(args.test_seeds), ("no GAN", *methods)))
+    for number, (seed, method) in enumerate(tests[done:], done + 1):
         say(f"test {number}/{len(tests)}: {method}", sys.stderr)
         reseed(args.seed, "test", seed)
-        episode = split(sample_images(domains, domains.test, args.shots + 2 * n), args.shots)
+        images = sample_images(domains, domains.test, args.shots + 2 * n)
+        support, query = split(images, args.shots)
         if method == "no GAN":
-            samples = [(name, 0, x) for name, x in without_a_gan(episode, n).items()]
+            drawn = [(name, 0, x) for name, x in without_a_gan(support, query, n).items()]
         else:
-            thetas = enumerate(few_shot(episode.support, *starts[method]))
-            samples = [(method, steps, generator(theta, noise(len(domains.test), n)).detach())
-                       for steps, theta in itertools.islice(thetas, args.test_steps[-1] + 1)
-                       if steps in args.test_steps]
-        for name, steps, x in samples:
-            for i, target in enumerate(domains.test):
-                inputs = x[i], episode.support[i], episode.query[i], names.index(target)
-                rows.append({"method": name, "seed": seed, "steps": steps, "target": target,
-                             "images": x[i, :9].clone(), **judge_samples(*inputs, judge)})
-        save(path, (number, rows))
-    return rows
+            thetas = zip(range(args.test_steps[-1] + 1), few_shot(support, *methods[method]))
+            drawn = [(method, steps, generator(theta, noise(len(images), n)))
+                     for steps, theta in thetas if steps in args.test_steps]
+        for (name, steps, x), (i, target) in itertools.product(drawn, enumerate(domains.test)):
+            metrics = judge_samples(x[i], support[i], query[i], names.index(target), judge)
+            row = {"method": name, "seed": seed, "steps": steps, "target": target}
+            rows.append({**row, **metrics})
+            film.setdefault((target, name, steps), x[i, :9].clone())
+        save(path, (number, rows, film))
+    return rows, film
 
 def print_tables(folders):
     """The METRICS of runs that differ in --seed alone."""
@@ -481,7 +582,7 @@ def print_tables(folders):
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
-    cells = {}
+    cells = {}  # method -> steps -> rows
     for row in rows:
         cells.setdefault(row["method"], {}).setdefault(row["steps"], []).append(row)
     for metric, title in METRICS.items():
@@ -491,76 +592,81 @@ def print_tables(folders):
             say(f"{method:24}" + "".join(f"{each:>14}" for each in shown))
 
 def interval(values):
-    """'mean ± half the 95 % interval', as if all were independent; Student's t, from n = 4 on."""
-    mean, free = np.mean(values), len(values) - 1 or math.nan
-    half = (1.96 + 2.37 / free + 2.82 / free ** 2) * np.std(values) / free ** 0.5
-    return f"{mean:.0f} ± {half:.0f}" if mean >= 10 else f"{mean:.2f} ± {half:.2f}"
+    """'mean ± two standard errors', about the 95 % interval of independent values."""
+    mean, two = np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
+    return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
 def picture(images, columns, zoom):
-    """Images [n, 784] in [-1, 1] as one enlarged picture."""
-    squares = images.cpu().view(-1, 1, 28, 28)
-    grid = torchvision.utils.make_grid(squares, columns, 1, True, (-1, 1))
+    """Images [n, 784] in [-1, 1] as one enlarged picture, row by row."""
+    grid = torchvision.utils.make_grid(images.cpu().view(-1, 1, 28, 28), columns, padding=1,
+                                       normalize=True, value_range=(-1, 1))
     small = torchvision.transforms.functional.to_pil_image(grid[0])
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
-def filmstrip(rows, args):
-    """Every target, step by step. Takes the images out of the rows."""
-    film = {(row["target"], row["method"], row["steps"]): row.pop("images") for row in rows}
-    strips = sorted({(row["target"], row["method"]) for row in rows if row["steps"]})
-    side, above = 184, 44
-    canvas = Image.new("L", (side * (1 + len(args.test_steps)), (side + above) * len(strips)), 255)
+def filmstrip(film, args):
+    """What each method draws for each target, step by step."""
+    strips = sorted({(target, method) for target, method, steps in film if steps})
+    side, above = 184, 44  # pixels of nine images, and of the text above
+    size = side * (1 + len(args.test_steps)), (side + above) * len(strips)
+    canvas = Image.new("L", size, 255)
     ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         ink.text((4, y), f"{target}, {method}", 0, font)
-        sheets = [("support repeated", 0), *((method, steps) for steps in args.test_steps)]
-        for j, (of, steps) in enumerate(sheets):
-            ink.text((side * j + 4, y + 20), f"step {steps}" if j else "support", 0, font)
-            canvas.paste(picture(film[target, of, steps], 3, 2), (side * j, y + above))
+        sheets = {"support": film[target, "support repeated", 0]}
+        sheets |= {f"step {steps}": film[target, method, steps] for steps in args.test_steps}
+        for j, (label, images) in enumerate(sheets.items()):
+            ink.text((side * j + 4, y + 20), label, 0, font)
+            canvas.paste(picture(images, 3, 2), (side * j, y + above))
     return canvas
 
-# 8  Data and files ---
-HELD_OUT = 3  # classes of a data set, or a third of them, that no GAN's training sees
-SAVE_SECONDS = 30
-FREE = "source", "target", "data_dir", "out", "device"  # may change: a checksum guards them
+# 8  Data and files --------------------------------------------------------------------
+HELD_OUT = 3  # the last classes of a data set, or a third of them, train no GAN
 TORCHVISION = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}
-SIGNATURE = PngImagePlugin.PngInfo()  # to know its own pictures by
+SIGNATURE = PngImagePlugin.PngInfo()  # by which we know pictures that we drew
 SIGNATURE.add_text("Software", "mtgan.py")
-SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder, a class in "
-         "each sub-folder; mnist:0-6,9 is some classes")
+SPECS = ("SPEC: mnist, fashion, kmnist, the built-in strokes or shapes, or a folder with a class "
+         "in each sub-folder; mnist:0-6,9 is some classes")
+
+class UserError(Exception):
+    """What the user can put right."""
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
     images, sides, titles, held_out = {}, ([], []), [], set()
-    specs = [(spec, sides[0]) for spec in args.source] + [(spec, sides[1]) for spec in args.target]
-    for spec, side in specs:
-        title, classes = load_dataset(spec, args.data_dir)
-        names = [f"{title} {label}" for label in classes]
-        titles.append(title)
-        side.extend(names)
-        few = len(names) if args.test is not None else min(HELD_OUT, max(1, len(names) // 3))
-        held_out.update(names[-few:])
-        for name, content in zip(names, classes.values()):
-            require(len(content) >= args.shots + 4,  # a test compares 2 with 2
-                    f"'{name}' has too few images for --shots {args.shots}")
-            require(torch.equal(images.setdefault(name, content), content),
-                    f"two classes are called '{name}'")
+    for side, specs in zip(sides, (args.source, args.target)):
+        for title, classes in [load_dataset(spec, args.data_dir) for spec in specs]:
+            names = {f"{title} {label}": content for label, content in classes.items()}
+            titles.append(title)
+            side.extend(names)
+            few = min(HELD_OUT, max(1, len(names) // 3)) if args.test is None else len(names)
+            held_out.update(list(names)[-few:])
+            for name, content in names.items():
+                require(len(content) >= args.shots + 4,  # a test compares 2 with 2
+                        f"'{name}' has too few images for --shots {args.shots}")
+                require(torch.equal(images.get(name, content), content),
+                        f"two classes are called '{name}'")
+            images |= names
     sources, targets = ([name for name in side if name not in held_out] for side in sides)
     train = [(s, t) for s, t in dict.fromkeys(itertools.product(sources, targets)) if s != t]
     test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
     require(len(images) > 1 and (train or args.test is not None),
             "too few classes: 2 to test, and to train, a third of each data set is held out")
-    fewest = min(len(content) for content in images.values())
+    fewest = min(map(len, images.values()))
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
-    """A data set, or some classes as in mnist:0-6,9: its name, {class: uint8 [n, 784]}"""
+    """A data set's name, and {class: uint8 [n, 784]} of all classes, or of some: mnist:0-6,9."""
     listed = re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
     name, chosen = listed.group(1, 2) if listed and not os.path.isdir(spec) else (spec, "")
     if name in TORCHVISION:
         title, classes = name, load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
-        torch.manual_seed(len(name))
+        torch.manual_seed(len(name))  # the same images in every run
         images = level_sets(torch.full((10,), name == "strokes"), 400)
         title, classes = name, {str(i): ((x + 1) * 127.5).byte() for i, x in enumerate(images)}
     else:
@@ -574,7 +680,7 @@ def load_dataset(spec, data_dir):
     return title, {label: classes[label] for label in labels or classes}
 
 def load_torchvision(name, data_dir):
-    """MNIST or its kind, in data_dir or downloaded: {class: uint8 [n, 784]}"""
+    """MNIST or its kind, from data_dir or downloaded: {class: uint8 [n, 784]}"""
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     socket.setdefaulttimeout(20)
     try:
@@ -582,8 +688,8 @@ def load_torchvision(name, data_dir):
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). "
-                        "strokes and shapes need none, and prove nothing") from None
+        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). To "
+                        "try the program without data, take strokes and shapes") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -591,17 +697,17 @@ def load_torchvision(name, data_dir):
 
 def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
-    What a system makes for itself is passed over; what else is left out is named."""
+    Passes over what a system makes for itself, and says what else it leaves out."""
     classes, left_out = {}, Counter()
-    order = partial(re.sub, r"\d+", lambda n: n[0].zfill(20))  # 2 before 10
-    for path in map(Path, sorted(map(str, Path(folder).rglob("*")), key=order)):
+    with_long_numbers = partial(re.sub, r"\d+", lambda digits: digits[0].zfill(20))  # 2 before 10
+    for path in map(Path, sorted(map(str, Path(folder).rglob("*")), key=with_long_numbers)):
         parts = path.relative_to(folder).parts
         if any(part.startswith((".", "__", "@", "$")) for part in parts):
             continue
         try:
             if path.is_dir():
                 require(not path.is_symlink(), "linked folder")
-                os.scandir(path).close()  # raises if it is locked: rglob passes over it
+                os.scandir(path).close()  # raises if it is locked, which rglob does not
             else:
                 image = read_image(path)
                 classes.setdefault(parts[0] if parts[1:] else "(loose)", []).append(image)
@@ -620,15 +726,16 @@ def read_image(path):
     with Image.open(path) as image:
         require(image.info.get("Software") != "mtgan.py", "drawn by mtgan.py")
         require(max(image.size) <= 56 * min(image.size), "too thin")
-        image.thumbnail((1024, 1024), Image.BOX)  # kilobytes can hold gigabytes
+        image.thumbnail((1024, 1024), Image.BOX)  # kilobytes of a file can hold gigabytes
         image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
+        if image.mode[0] in "IF":  # more than 8 bits
             values = np.nan_to_num(np.asarray(image, float))
             low, high = np.percentile(values, [0.5, 99.5])  # one hot pixel decides nothing
             values = 255 * (values - low) / max(high - low, 1e-9)
             image = Image.fromarray(np.uint8(values.clip(0, 255)))
         grey, alpha = image.convert("RGBA").convert("LA").split()
-    behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0  # where it is transparent
+    # Behind a cut-out: white if it is dark, else black.
+    behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0
     grey = Image.composite(grey, Image.new("L", grey.size, behind), alpha)
     light = np.asarray(grey)
     border = int(np.median(np.concatenate([light[0], light[-1], light[:, 0], light[:, -1]])))
@@ -636,57 +743,36 @@ def read_image(path):
         grey, border = ImageOps.invert(grey), 255 - border
     return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
 
-def reseed(*key):
-    """All that is random from here on follows from these."""
-    random.seed(repr(key))
-    torch.manual_seed(random.getrandbits(32))
-
-def training(stage, steps, tensors, optimizers, args):
-    """Yields (step, numbers); a step puts into numbers what it has to say, and whether it was
-    "finite". Tensors and optimizers are saved: after `kill -9` the same bits follow.
-    """
-    path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
-    if path.exists():
-        first, skipped, values, states = load(path)
-        torch._foreach_copy_([tensor.data for tensor in tensors], values)
-        for optimizer, state in zip(optimizers, states):
-            optimizer.load_state_dict(state)
-    began, saved = time.monotonic(), -math.inf
-    for step in range(first, steps):
-        reseed(args.seed, stage, step)
-        numbers = {}
-        yield step, numbers
-        skipped += 0 if numbers.pop("finite") else 1
-        done, now = step + 1, time.monotonic()
-        if done == steps or now - saved > SAVE_SECONDS:
-            left = (now - began) / (done - first) * (steps - done)
-            shown = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
-            say(f"{stage} {done}/{steps}, {left:.0f} s left, {skipped} skipped{shown}", sys.stderr)
-            save(path, (done, skipped, tensors, [each.state_dict() for each in optimizers]))
-            saved = now
-
 def load_start(path):
-    """What a run has saved in mtgan.pt."""
+    """The `Start` in an mtgan.pt or in a run's folder, and a dict of what it was trained on."""
     path = Path(path, "mtgan.pt") if Path(path).is_dir() else Path(path)
-    saved = load(path, "start", "domains")
-    shapes = [getattr(p, "shape", None) for p in saved["start"][:-1]]
-    ours = [p.shape for p in new_parameters()]
-    require(shapes == ours, f"{path} is a start of other networks")
-    return {**saved, "start": [p.float() for p in saved["start"]]}
+    saved = load(path, "theta", "phi", "log_rates", "domains", "classes")
+    ours = new_players()
+    try:
+        players = each(torch.Tensor.float, Players(saved["theta"], saved["phi"]))
+        start = Start(*players, saved["log_rates"].float())
+        shapes = [p.shape for p in (*start.theta, *start.phi, start.log_rates[0])]
+    except (TypeError, AttributeError, IndexError):  # no tensors
+        shapes = []
+    require(shapes == [*(p.shape for p in (*ours.theta, *ours.phi)), (2, len(ours.theta) // 2)],
+            f"{path} is a start of other networks")
+    return start, saved
 
 def load(path, *keys):
-    """What `save` wrote; UserError where it is not there, damaged, or without the keys."""
+    """What `save` wrote; UserError where it is not there, damaged, or lacks a key."""
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text())
         else:
             content = torch.load(path, torch.get_default_device(), weights_only=True)
-        return content if not keys else {key: content[key] for key in keys}
+        missing = [key for key in keys if key not in content]
+        require(not missing, f"no {missing}")
+        return content
     except Exception as error:
         raise UserError(f"{path} is not there, damaged or unfinished ({error!r:.80})") from None
 
 def save(path, content):
-    """Under another name first: always a whole file, old or new."""
+    """Write under another name first: the file is always whole, old or new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if path.suffix == ".json":
@@ -694,7 +780,7 @@ def save(path, content):
     elif path.suffix == ".png":
         content.save(temporary, "PNG", pnginfo=SIGNATURE)
     else:
-        buffer = io.BytesIO()  # torch hides a full disk
+        buffer = io.BytesIO()  # torch.save to a file says nothing of a full disk
         torch.save(content, buffer)
         temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
@@ -709,103 +795,178 @@ def claim(out, mark=""):
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}") from None
 
-def refuse_differences(folder, old, new, *free):
-    """Two reports must share images and settings; free: what may differ."""
-    for name in sorted(new["settings"].keys() - {*FREE, *free}):
-        before, value = (report["settings"].get(name) for report in (old, new))
-        require(before == value, f"{folder} has {name} {before}, not {value}")
+def hash_of(parts):
+    """A short hash of strings or tensors."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.cpu().numpy())
+    return digest.hexdigest()[:16]
 
-# 9  Command line ---
+def describe(args, domains):
+    """What must be the same for a run to go on, and what it was made with."""
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, kernels.__file__)]
+    device, cuda = args.device, torch.device(args.device).type == "cuda"
+    return {"settings": vars(args), "domains": domains.title,
+            "code": hash_of(ast.dump(ast.parse(source)) for source in sources),  # no comments
+            "images": hash_of([str(domains[1:]), *domains.images.values()]),
+            "torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None),
+            "device": torch.cuda.get_device_name(device) if cuda else device}
+
+def refuse_differences(folder, old, new, *may_differ):
+    """Two reports must agree in code, images, start and settings."""
+    old, new = ({**report, **report["settings"]} for report in (old, new))
+    for name in sorted(new["settings"].keys() - {*MAY_DIFFER, *may_differ}) + [*DIFFERENCES]:
+        before, value = old.get(name), new.get(name)
+        difference = DIFFERENCES.get(name, f"has {name} {before}, not {value}")
+        require(before == value, f"{folder} {difference}: choose another --out")
+
+DIFFERENCES = {"code": "was begun by other code (mtgan.py or kernels.py has changed)",
+               "images": "has other images or classes", "start": "tests another start"}
+MAY_DIFFER = "source", "target", "data_dir", "out", "device", "test"  # DIFFERENCES watch these
+
+# 9  Command line ----------------------------------------------------------------------
+SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start of a default run
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
-GENERAL = {"target", "data_dir", "out", "seed", "device", "kernel", "shots"}
-MODES = {"tables": {"tables"}, "test": {"test", "test_seeds", "dry_run", *GENERAL},
-         "adapt": {"adapt", "source", "steps", "samples", *GENERAL}}
-MAY_BE_0 = "seed", "warm_steps"
+GROUPS = {"train test adapt": "to train, test or adapt", "train adapt": "to train or adapt",
+          "train test": "to train or test", "train": "to train (without --test and --adapt)",
+          "test": "to test", "adapt": "to adapt", "tables": "to print tables"}
+RUN = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
+DEFAULTS = {**asdict(Settings()), "source": ["mnist"], "target": ["fashion"], "data_dir": "data",
+            "out": "runs/...", "seed": 0, "kernel": "auto", "steps": 100, "samples": 64,
+            "device": "cuda" if torch.cuda.is_available() else "cpu", "tables": ()}
+OPTIONS = (  # the modes that have it, its name and help, and what else argparse needs
+    ("train test adapt", "target", "target domains", {"nargs": "+", "metavar": "SPEC"}),
+    ("train test adapt", "data_dir", "folder of the data sets", {"metavar": "DIR"}),
+    ("train test adapt", "out", "folder for the results", {"metavar": "DIR"}),
+    ("train test adapt", "seed", "all random numbers follow from it"),
+    ("train test adapt", "shots", "images to adapt to; --adapt takes fewer where there are fewer"),
+    ("train test adapt", "device", "cpu, cuda or cuda:1", {"metavar": "NAME"}),
+    ("train test adapt", "kernel", "auto, torch or triton, for linear layers; auto is torch",
+     {"choices": ("auto", "torch", "triton"), "metavar": "NAME"}),
+    ("train adapt", "source", "source domains; --adapt has none unless told",
+     {"nargs": "+", "metavar": "SPEC"}),
+    ("train test", "test_seeds", "draws of the support in a test"),
+    ("train test", "dry_run", "everything once, tiny, in a minute", {"action": "store_true"}),
+    ("train", "algorithm", "meta-learner: maml, fomaml, reptile or both",
+     {"choices": ("maml", "fomaml", "reptile", "both"), "metavar": "NAME"}),
+    ("train", "inner_steps", "inner steps of an episode"),
+    ("train", "inner_lr", "G's first inner rate, twice D's"),
+    ("train", "warm_steps", "ordinary GAN steps before the episodes"),
+    ("train", "meta_steps", "episodes"),
+    ("train", "meta_batch", "pairs of an episode"),
+    ("train", "meta_lr", "outer learning rate"),
+    ("test", "test", "test RUN's start, or the one in assets, on all classes of --target", RUN),
+    ("adapt", "adapt", "adapt RUN's start, or the one in assets, to --target", RUN),
+    ("adapt", "steps", "steps to adapt"),
+    ("adapt", "samples", "images to draw"),
+    ("tables", "tables", "print one table of these runs", {"nargs": "+", "metavar": "RUN"}))
 
 def say(line, file=None):
-    """Print. A reader who has left ends no run."""
+    """Print. Where the reader has left, later lines go nowhere, and the run goes on."""
     try:
         print(line, file=file, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
-def parse(argv):
-    """The command line as Settings; UserError for what is wrong, missing or ignored."""
-    parser = argparse.ArgumentParser("mtgan.py", "mtgan.py [options]", epilog=SPECS,
-                                     argument_default=argparse.SUPPRESS)
+def make_parser():
+    title, _, commands, *_ = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(
+        "mtgan.py", "mtgan.py [options]", title, f"examples:\n{commands}\n\n{SPECS}",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = partial(require, False)
-    options = {each.name: each.metadata for each in fields(Settings) if each.metadata}
-    for name, how in options.items():
-        parser.add_argument("--" + name.replace("_", "-"), **how)
-    given = vars(parser.parse_args(argv))
-    mode = next((mode for mode in MODES if mode in given), "train")
-    used = MODES.get(mode, options.keys() - {"steps", "samples"})
-    for name, value in given.items():
-        flag, number = "--" + name.replace("_", "-"), isinstance(value, (int, float))
-        require(name in used, f"{flag} is of no use here")
-        require(not number or value > 0 or value == 0 and name in MAY_BE_0, f"{flag} is too small")
-    args = Settings(**{**(DRY_RUN if "dry_run" in given else {}), **given})
+    groups = {modes: parser.add_argument_group(title) for modes, title in GROUPS.items()}
+    for modes, name, text, *how in OPTIONS:
+        default, how = DEFAULTS.get(name), dict(*how)
+        if isinstance(default, (int, float)):
+            how |= {"type": type(default), "metavar": "N"}
+        if default:
+            text += f" ({' '.join(default) if isinstance(default, list) else default})"
+        groups[modes].add_argument("--" + name.replace("_", "-"), help=text, **how)
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+def parse(argv):
+    """The command line as a namespace; UserError for what is wrong, missing or ignored."""
+    parser = make_parser()
+    given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
+    if "dry_run" in given:
+        parser.set_defaults(**DRY_RUN)
+    args = parser.parse_args(argv)
+    mode = next((mode for mode in ("tables", "test", "adapt") if mode in given), "train")
+    for modes, name, *_ in OPTIONS:
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        require(name not in given or mode in modes.split(), f"{flag} is of no use here")
+        if name in given and isinstance(value, (int, float)):
+            fine = value > 0 or value == 0 and name in ("seed", "warm_steps", "dry_run")
+            require(fine, f"{flag} {value} is too small")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
-        args.source = given.get("source", ())
+        args.source = args.source if "source" in given else []
     if mode == "adapt":
-        args.shots = given.get("shots")  # None: all, up to the default
+        args.shots = args.shots if "shots" in given else None  # as many as there are, up to 25
         require(len(args.target) == 1 >= len(args.source), "--adapt: one --target, one --source")
-    words = [word for word in ("dry_run", "test", "adapt") if word in given]
-    name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([*words, *args.source, *args.target]))
-    args.out = args.out or f"runs/{name.strip('-.')[-99:]}"
+    if "out" not in given:
+        words = [word for word in ("dry_run", "test", "adapt") if word in given]
+        name = re.sub(r"[^A-Za-z0-9._]+", "-", "-".join([*words, *args.source, *args.target]))
+        args.out = f"runs/{name.strip('-.')[-99:]}"
     return args
 
 def run(args):
     """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
     began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
-    title, start = domains.title, None
-    crc = zlib.crc32(repr((domains.train, domains.test)).encode())
-    crc = zlib.crc32(torch.cat(list(domains.images.values())).cpu().numpy(), crc)
+    start = transfer = None
+    report = describe(args, domains)
     if args.test is not None:
-        saved = load_start(args.test)
-        start, title = saved["start"], f"{title}; the start was trained on {saved['domains']}"
-        args.inner_steps = len(start[-1])
-        crc = zlib.crc32(torch.cat([p.flatten() for p in start]).cpu().numpy(), crc)
-    report = {"settings": {**asdict(args), "checksum": crc}, "domains": title}
-    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples: lists
+        start, saved = load_start(args.test)
+        args.inner_steps = len(start.log_rates)
+        report["start"] = hash_of([*start.theta, *start.phi, start.log_rates])
+        report["domains"] += f"; the start was trained on {saved['domains']}"
+        seen = [name for name in domains.test if name in saved["classes"]]
+        if seen:
+            report["domains"] += f", and so on these classes of the test: {', '.join(seen)}"
+    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
         else:
             save(path, report)
         if start is None:
-            half = [p.detach().half() for p in train_all(domains, args)]
-            save(out / "mtgan.pt", {"start": half, "domains": title})
-            start = [p.float() for p in half]  # tested as it is saved
-        starts = {"MT-GAN": (start, GO_ON_LR)}
-        transfer = Path(args.test or out, "state", "transfer.pt")
-        if transfer.exists():
-            _, _, leaves, _ = load(transfer)
-            starts |= {f"transfer, Adam {lr:g}": (leaves, lr) for lr in TRANSFER_LRS}
-        rows = meta_test(starts, train_judge(domains, args), domains, args)
-        save(out / "adaptation.png", filmstrip(rows, args))
+            start, transfer = train_all(domains, args)
+            half = [p.half() for p in (*start.theta, *start.phi, start.log_rates)]
+            n, classes = len(start.theta), {name for pair in domains.train for name in pair}
+            save(out / "mtgan.pt", {"theta": half[:n], "phi": half[n:-1], "log_rates": half[-1],
+                                    "domains": domains.title, "classes": sorted(classes)})
+            start, _ = load_start(out)  # tested as it was saved, in half precision
+        elif Path(args.test, "state", "transfer.pt").exists():
+            _, _, tensors, _ = load(Path(args.test, "state", "transfer.pt"))
+            transfer = Players(tensors[:len(start.theta)], tensors[len(start.theta):])
+        methods = {"MT-GAN": (start, ADAM_LR)}
+        if transfer:
+            methods |= {f"transfer, Adam {lr:g}": (transfer, lr) for lr in TRANSFER_LRS}
+        rows, film = meta_test(methods, train_judge(domains, args), domains, args)
+        save(out / "adaptation.png", filmstrip(film, args))
         save(path, {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(args):
     """Adapt a start to a user's pictures, and write what it draws."""
-    saved, out, sets = load_start(args.adapt), Path(args.out), []
+    (start, saved), out, sets = load_start(args.adapt), Path(args.out), []
+    needed = args.shots or 2
+    require(needed >= 2, "--shots is too small: 2 is the least")
     for spec in (*args.source, *args.target):
         title, classes = load_dataset(spec, args.data_dir)
         sets.append(torch.cat(list(classes.values())))
         n = len(sets[-1])
-        require(2 <= (args.shots or 2) <= n,
-                f"'{spec}' has {n} images, and needs {args.shots or 2}; --shots is from 2 on")
+        require(n >= needed, f"'{spec}' has {n} images, and needs {needed}")
     require(len(sets) == 1 or not torch.equal(*sets), "--source and --target are the same images")
     shots = args.shots or min(Settings.shots, *map(len, sets))
     reseed(args.seed, "adapt")
-    support = torch.stack([some(images, shots) for images in sets])  # [1 or 2, shots, 784]
-    theta = next(itertools.islice(few_shot(support, saved["start"]), args.steps, None))
-    samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0].detach()
-    require(all(p.isfinite().all() for p in theta), "the adaptation diverged: take fewer --steps")
+    support = torch.stack([sample(images, shots) for images in sets])  # [1 or 2, shots, 784]
+    theta = next(itertools.islice(few_shot(support, start), args.steps, None))
+    samples = generator([p[-1:] for p in theta], noise(1, args.samples))[0]  # the target's
+    require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
     with claim(out):
         for number, image in enumerate(samples):
             save(out / f"sample-{number:03}.png", picture(image, 1, 1))
@@ -816,24 +977,25 @@ def deploy(args):
     say(f"{out}: {len(samples)} samples of {title}, by a start trained on {saved['domains']}")
 
 def main(argv=None):
-    """Returns the exit code, 2 for what a user can put right."""
-    global KERNEL
-    for stream in (sys.stdout, sys.stderr):  # a notebook's cannot
-        getattr(stream, "reconfigure", dict)(errors="replace")  # for letters a console lacks
+    """Returns the exit code, 2 for what a user can put right. It leaves the process changed:
+    default device, random numbers, backend of the layers, and how memory is kept."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's cannot
+            stream.reconfigure(errors="replace")  # for letters that a console lacks
     try:
-        args = parse(argv)
+        args = parse(sys.argv[1:] if argv is None else argv)
         if args.tables:
             print_tables(args.tables)
             return 0
-        KERNEL = args.kernel
         try:
             torch.set_default_device(args.device)
             torch.ones(1).double().item()
         except Exception:
             raise UserError(f"--device {args.device} cannot be used here; try cpu") from None
-        if KERNEL == "triton":
-            require(not why_not_triton(args.device), why_not_triton(args.device))
-        keep_memory()
+        refusal = args.kernel == "triton" and kernels.why_not_triton(args.device)
+        require(not refusal, f"--kernel: {refusal}")
+        kernels.default_backend = args.kernel  # set once, so that no network has to pass it on
+        kernels.keep_memory()
         torch.autograd.set_multithreading_enabled(False)  # faster on a GPU
         if args.adapt is None:
             run(args)
