@@ -582,14 +582,15 @@ def print_tables(folders):
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
-    cells = {}  # method -> steps -> rows
-    for row in rows:
-        cells.setdefault(row["method"], {}).setdefault(row["steps"], []).append(row)
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
-        for method, by_steps in cells.items():
-            shown = [interval([row[metric] for row in same]) for same in by_steps.values()]
-            say(f"{method:24}" + "".join(f"{each:>14}" for each in shown))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            line = f"{method:24}"
+            for steps in columns:
+                cell = [row[metric] for row in rows
+                        if (row["method"], row["steps"]) == (method, steps)]
+                line += f"{interval(cell):>14}" if cell else ""
+            say(line)
 
 def interval(values):
     """'mean ± two standard errors', about the 95 % interval of independent values."""
@@ -637,20 +638,21 @@ def require(condition, message):
 
 def load_domains(args):
     """The `Domains` of --source and --target; the last classes of a data set are held out."""
-    images, sides, titles, held_out = {}, ([], []), [], set()
+    images, held_out, titles, sides = {}, [], [], ([], [])
     for side, specs in zip(sides, (args.source, args.target)):
-        for title, classes in [load_dataset(spec, args.data_dir) for spec in specs]:
-            names = {f"{title} {label}": content for label, content in classes.items()}
+        for spec in specs:
+            title, classes = load_dataset(spec, args.data_dir)
             titles.append(title)
-            side.extend(names)
-            few = min(HELD_OUT, max(1, len(names) // 3)) if args.test is None else len(names)
-            held_out.update(list(names)[-few:])
-            for name, content in names.items():
+            names = [f"{title} {label}" for label in classes]
+            for name, content in zip(names, classes.values()):
                 require(len(content) >= args.shots + 4,  # a test compares 2 with 2
                         f"'{name}' has too few images for --shots {args.shots}")
-                require(torch.equal(images.get(name, content), content),
-                        f"two classes are called '{name}'")
-            images |= names
+                same = name not in images or torch.equal(images[name], content)
+                require(same, f"two classes are called '{name}'")
+                images[name] = content
+            side += names
+            few = min(HELD_OUT, max(1, len(names) // 3)) if args.test is None else len(names)
+            held_out += names[-few:]
     sources, targets = ([name for name in side if name not in held_out] for side in sides)
     train = [(s, t) for s, t in dict.fromkeys(itertools.product(sources, targets)) if s != t]
     test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
@@ -802,65 +804,65 @@ def hash_of(parts):
         digest.update(part.encode() if isinstance(part, str) else part.cpu().numpy())
     return digest.hexdigest()[:16]
 
-def describe(args, domains):
-    """What must be the same for a run to go on, and what it was made with."""
+def new_report(args, domains, start):
+    """The settings of a run, with hashes of all else that decides it, and what it was made with."""
     sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, kernels.__file__)]
     device, cuda = args.device, torch.device(args.device).type == "cuda"
-    return {"settings": vars(args), "domains": domains.title,
-            "code": hash_of(ast.dump(ast.parse(source)) for source in sources),  # no comments
-            "images": hash_of([str(domains[1:]), *domains.images.values()]),
-            "torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None),
-            "device": torch.cuda.get_device_name(device) if cuda else device}
+    hashes = {"code": hash_of(ast.dump(ast.parse(source)) for source in sources),  # no comments
+              "images": hash_of([str(domains[1:]), *domains.images.values()]),
+              "start": start and hash_of([*start.theta, *start.phi, start.log_rates])}
+    report = {"settings": {**vars(args), **hashes}, "domains": domains.title,
+              "torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None),
+              "device": torch.cuda.get_device_name(device) if cuda else device}
+    return json.loads(json.dumps(report))  # as it will be read: tuples become lists
 
 def refuse_differences(folder, old, new, *may_differ):
-    """Two reports must agree in code, images, start and settings."""
-    old, new = ({**report, **report["settings"]} for report in (old, new))
-    for name in sorted(new["settings"].keys() - {*MAY_DIFFER, *may_differ}) + [*DIFFERENCES]:
-        before, value = old.get(name), new.get(name)
-        difference = DIFFERENCES.get(name, f"has {name} {before}, not {value}")
-        require(before == value, f"{folder} {difference}: choose another --out")
-
-DIFFERENCES = {"code": "was begun by other code (mtgan.py or kernels.py has changed)",
-               "images": "has other images or classes", "start": "tests another start"}
-MAY_DIFFER = "source", "target", "data_dir", "out", "device", "test"  # DIFFERENCES watch these
+    """The settings of two reports must agree. Hashes guard those that may differ."""
+    may_differ = {"source", "target", "data_dir", "out", "device", "test", *may_differ}
+    for name in sorted(new["settings"].keys() - may_differ):
+        before, value = (report["settings"].get(name) for report in (old, new))
+        numbers = "" if name in ("code", "images", "start") else f" ({before}, not {value})"
+        require(before == value, f"{folder} has other {name}{numbers}: choose another --out")
 
 # 9  Command line ----------------------------------------------------------------------
 SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start of a default run
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
-GROUPS = {"train test adapt": "to train, test or adapt", "train adapt": "to train or adapt",
-          "train test": "to train or test", "train": "to train (without --test and --adapt)",
-          "test": "to test", "adapt": "to adapt", "tables": "to print tables"}
-RUN = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
 DEFAULTS = {**asdict(Settings()), "source": ["mnist"], "target": ["fashion"], "data_dir": "data",
             "out": "runs/...", "seed": 0, "kernel": "auto", "steps": 100, "samples": 64,
             "device": "cuda" if torch.cuda.is_available() else "cpu", "tables": ()}
-OPTIONS = (  # the modes that have it, its name and help, and what else argparse needs
-    ("train test adapt", "target", "target domains", {"nargs": "+", "metavar": "SPEC"}),
-    ("train test adapt", "data_dir", "folder of the data sets", {"metavar": "DIR"}),
-    ("train test adapt", "out", "folder for the results", {"metavar": "DIR"}),
-    ("train test adapt", "seed", "all random numbers follow from it"),
-    ("train test adapt", "shots", "images to adapt to; --adapt takes fewer where there are fewer"),
-    ("train test adapt", "device", "cpu, cuda or cuda:1", {"metavar": "NAME"}),
-    ("train test adapt", "kernel", "auto, torch or triton, for linear layers; auto is torch",
-     {"choices": ("auto", "torch", "triton"), "metavar": "NAME"}),
-    ("train adapt", "source", "source domains; --adapt has none unless told",
-     {"nargs": "+", "metavar": "SPEC"}),
-    ("train test", "test_seeds", "draws of the support in a test"),
-    ("train test", "dry_run", "everything once, tiny, in a minute", {"action": "store_true"}),
-    ("train", "algorithm", "meta-learner: maml, fomaml, reptile or both",
-     {"choices": ("maml", "fomaml", "reptile", "both"), "metavar": "NAME"}),
-    ("train", "inner_steps", "inner steps of an episode"),
-    ("train", "inner_lr", "G's first inner rate, twice D's"),
-    ("train", "warm_steps", "ordinary GAN steps before the episodes"),
-    ("train", "meta_steps", "episodes"),
-    ("train", "meta_batch", "pairs of an episode"),
-    ("train", "meta_lr", "outer learning rate"),
-    ("test", "test", "test RUN's start, or the one in assets, on all classes of --target", RUN),
-    ("adapt", "adapt", "adapt RUN's start, or the one in assets, to --target", RUN),
-    ("adapt", "steps", "steps to adapt"),
-    ("adapt", "samples", "images to draw"),
-    ("tables", "tables", "print one table of these runs", {"nargs": "+", "metavar": "RUN"}))
+OPTIONS = {  # the modes: {an option that they have: its help}
+    "train test adapt": {
+        "target": "target domains",
+        "data_dir": "folder of the data sets",
+        "out": "folder for the results",
+        "seed": "all random numbers follow from it",
+        "shots": "images to adapt to; for --adapt the most",
+        "device": "cpu, cuda or cuda:1",
+        "kernel": "of linear layers: torch, triton, or auto, which is torch"},
+    "train adapt": {"source": "source domains; for --adapt none, unless told"},
+    "train test": {
+        "test_seeds": "draws of the support in a test",
+        "dry_run": "everything once, tiny, in a minute"},
+    "train": {
+        "algorithm": "maml, fomaml, reptile or both",
+        "inner_steps": "inner steps of an episode",
+        "inner_lr": "G's first inner rate, twice D's",
+        "warm_steps": "ordinary GAN steps before the episodes",
+        "meta_steps": "episodes",
+        "meta_batch": "pairs of an episode",
+        "meta_lr": "outer learning rate"},
+    "test": {"test": "test RUN's start, or the one in assets, on all classes of --target"},
+    "adapt": {
+        "adapt": "adapt RUN's start, or the one in assets, to --target",
+        "steps": "steps to adapt",
+        "samples": "images to draw"},
+    "tables": {"tables": "print one table of these runs"}}
+SPEC, RUN = {"nargs": "+", "metavar": "SPEC"}, {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
+HOW = {"target": SPEC, "source": SPEC, "test": RUN, "adapt": RUN,  # what argparse needs to know
+       "tables": {"nargs": "+", "metavar": "RUN"}, "dry_run": {"action": "store_true"},
+       "kernel": {"choices": ("auto", "torch", "triton"), "metavar": "NAME"},
+       "algorithm": {"choices": ("maml", "fomaml", "reptile", "both"), "metavar": "NAME"}}
 
 def say(line, file=None):
     """Print. Where the reader has left, later lines go nowhere, and the run goes on."""
@@ -875,14 +877,15 @@ def make_parser():
         "mtgan.py", "mtgan.py [options]", title, f"examples:\n{commands}\n\n{SPECS}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = partial(require, False)
-    groups = {modes: parser.add_argument_group(title) for modes, title in GROUPS.items()}
-    for modes, name, text, *how in OPTIONS:
-        default, how = DEFAULTS.get(name), dict(*how)
-        if isinstance(default, (int, float)):
-            how |= {"type": type(default), "metavar": "N"}
-        if default:
-            text += f" ({' '.join(default) if isinstance(default, list) else default})"
-        groups[modes].add_argument("--" + name.replace("_", "-"), help=text, **how)
+    for modes, options in OPTIONS.items():
+        group = parser.add_argument_group(f"to {modes.replace(' ', ' or ')}")
+        for name, text in options.items():
+            default, how = DEFAULTS.get(name), HOW.get(name, {})
+            if isinstance(default, (int, float)):
+                how = {"type": type(default), "metavar": "N"}
+            if default:
+                text += f" ({' '.join(default) if isinstance(default, list) else default})"
+            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -894,12 +897,12 @@ def parse(argv):
         parser.set_defaults(**DRY_RUN)
     args = parser.parse_args(argv)
     mode = next((mode for mode in ("tables", "test", "adapt") if mode in given), "train")
-    for modes, name, *_ in OPTIONS:
+    used = {name for modes, names in OPTIONS.items() if mode in modes.split() for name in names}
+    for name in sorted(given):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(name not in given or mode in modes.split(), f"{flag} is of no use here")
-        if name in given and isinstance(value, (int, float)):
-            fine = value > 0 or value == 0 and name in ("seed", "warm_steps", "dry_run")
-            require(fine, f"{flag} {value} is too small")
+        require(name in used, f"{flag} is of no use here")
+        fine = value > 0 if isinstance(value, (int, float)) else True
+        require(fine or value == 0 and name in ("seed", "warm_steps"), f"{flag} is too small")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
         args.source = args.source if "source" in given else []
@@ -916,16 +919,14 @@ def run(args):
     """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
     began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
     start = transfer = None
-    report = describe(args, domains)
     if args.test is not None:
         start, saved = load_start(args.test)
         args.inner_steps = len(start.log_rates)
-        report["start"] = hash_of([*start.theta, *start.phi, start.log_rates])
-        report["domains"] += f"; the start was trained on {saved['domains']}"
+        title = f"{domains.title}; the start was trained on {saved['domains']}"
         seen = [name for name in domains.test if name in saved["classes"]]
-        if seen:
-            report["domains"] += f", and so on these classes of the test: {', '.join(seen)}"
-    report, path = json.loads(json.dumps(report)), out / "report.json"  # tuples become lists
+        title += f", and so on these classes: {', '.join(seen)}" if seen else ""
+        domains = domains._replace(title=title)
+    report, path = new_report(args, domains, start), out / "report.json"
     with claim(out, "report.json"):
         if path.exists():
             refuse_differences(out, load(path, "settings"), report)
