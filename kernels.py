@@ -25,6 +25,7 @@ These are the same two operations again, so autograd can go on to any order. Bot
 product with a mask, computed by a kernel in Triton, a dialect of Python for GPUs, or by PyTorch.
 """
 import ctypes
+import functools
 import inspect
 import subprocess
 import sys
@@ -48,48 +49,68 @@ except ImportError:  # Triton has no release for macOS and Windows
 #             acc += mask(tile of a) @ tile of b
 #         tile of out = mask(acc)
 #
-# An `if` on a tl.constexpr or on None is decided when the kernel is compiled.
+# An `if` on a tl.constexpr or on None is decided when the kernel is compiled. Triton would compile
+# it anew, too, for each class of sizes and strides (1, multiples of 16, others). That is switched
+# off (do_not_specialize). What the compiler must know to copy four numbers at once is said by two
+# constants: along which axis a matrix is contiguous, and UNIT, which is 4 if all sizes and strides
+# are multiples of 4, else 1. The numbers arrive divided by UNIT and are multiplied by it inside.
 if triton is not None:
     @triton.jit
-    def load_tile(matrices, strides, t, rows, columns, height, width):
-        """matrices[t, rows, columns]. What lies outside of [height, width] reads as 0."""
+    def load_tile(matrix, pitch, rows, columns, height, width, T: tl.constexpr):
+        """matrix[rows, columns], whose rows (with T, columns) lie `pitch` apart and have no gaps.
+        What lies outside of [height, width] reads as 0."""
         inside = (rows[:, None] < height) & (columns[None, :] < width)
-        offsets = rows[:, None] * strides[1] + columns[None, :] * strides[2]
-        return tl.load(matrices + t * strides[0] + offsets, mask=inside, other=0.0)
+        if T:
+            offsets = rows[:, None] + columns[None, :] * pitch
+        else:
+            offsets = rows[:, None] * pitch + columns[None, :]
+        return tl.load(matrix + offsets, mask=inside, other=0.0)
 
-    @triton.jit
+    @functools.partial(triton.jit, do_not_specialize=[
+        "a_batch", "a_pitch", "b_batch", "b_pitch", "y_batch", "y_pitch", "bias_batch",
+        "M", "N", "K"])
     def product_kernel(
-            a, b, y, bias, out, sums, a_strides, b_strides, y_strides, bias_strides, M, N, K,
-            SLOPE: tl.constexpr, MASK_LEFT: tl.constexpr, PRECISION: tl.constexpr,
+            a, b, y, bias, out, sums, a_batch, a_pitch, b_batch, b_pitch, y_batch, y_pitch,
+            bias_batch, M, N, K, slope: tl.float64, MASK: tl.constexpr, A_T: tl.constexpr,
+            B_T: tl.constexpr, Y_T: tl.constexpr, UNIT: tl.constexpr, UNIT_M: tl.constexpr,
+            UNIT_N: tl.constexpr, UNIT_K: tl.constexpr, PRECISION: tl.constexpr,
             TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
-        # Which tile is ours? In 64 bits, because a large tensor has more than 2³¹ elements.
+        M, N, K = M * UNIT_M, N * UNIT_N, K * UNIT_K
+        slope = tl.full((1, 1), slope, a.dtype.element_ty)
+        # Which tile is ours? One matrix has fewer than 2³¹ elements, but not all tasks together.
         t = tl.program_id(0).to(tl.int64)
-        rows = tl.program_id(1).to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-        columns = tl.program_id(2).to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+        rows = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
+        columns = tl.program_id(2) * TILE_N + tl.arange(0, TILE_N)
+        a, b, out = a + t * a_batch * UNIT, b + t * b_batch * UNIT, out + t * M * N
+
+        if y is not None:
+            y_t = y + t * y_batch * UNIT
 
         # Begin with the bias, or with 0.
         acc = tl.zeros((TILE_M, TILE_N), a.dtype.element_ty)
         row_sums = tl.zeros((TILE_M,), a.dtype.element_ty)
         if bias is not None:
-            at = bias + t * bias_strides[0] + columns * bias_strides[1]
+            at = bias + t * bias_batch * UNIT + columns
             acc += tl.load(at, mask=columns < N, other=0.0)[None, :]
 
         # Walk along K. Beyond its end both tiles read as 0, which adds nothing.
         for start in range(0, K, TILE_K):
-            inner = start + tl.arange(0, TILE_K).to(tl.int64)
-            left = load_tile(a, a_strides, t, rows, inner, M, K)
-            if MASK_LEFT and SLOPE != 1:
-                signs = load_tile(y, y_strides, t, rows, inner, M, K)
-                left = tl.where(signs > 0, left, left * SLOPE)
-            right = load_tile(b, b_strides, t, inner, columns, K, N)
+            inner = start + tl.arange(0, TILE_K)
+            left = load_tile(a, a_pitch * UNIT, rows, inner, M, K, A_T)
+            if MASK == "left":
+                signs = load_tile(y_t, y_pitch * UNIT, rows, inner, M, K, Y_T)
+                left = tl.where(signs > 0, left, left * slope)
+            right = load_tile(b, b_pitch * UNIT, inner, columns, K, N, B_T)
             acc = tl.dot(left, right, acc, PRECISION, out_dtype=acc.dtype)
             row_sums += tl.sum(left, 1)
 
         # Mask the result and store it. `out` is contiguous.
-        if not MASK_LEFT and SLOPE != 1:
-            signs = acc if y is None else load_tile(y, y_strides, t, rows, columns, M, N)
-            acc = tl.where(signs > 0, acc, acc * SLOPE)
-        at = out + (t * M + rows[:, None]) * N + columns[None, :]
+        if MASK == "result":
+            signs = acc
+            if y is not None:
+                signs = load_tile(y_t, y_pitch * UNIT, rows, columns, M, N, Y_T)
+            acc = tl.where(signs > 0, acc, acc * slope)
+        at = out + rows[:, None] * N + columns[None, :]
         tl.store(at, acc, mask=(rows[:, None] < M) & (columns[None, :] < N))
 
         # All tiles side by side have the same row sums. The first of them stores these.
@@ -98,13 +119,22 @@ if triton is not None:
                 tl.store(sums + t * M + rows, row_sums, mask=rows < M)
 
 
+def layout(v):
+    """Of matrices [T, R, C]: whether they are stored by columns, and the strides of tasks and of
+    rows or columns. None where memory is contiguous along neither axis."""
+    (batch, row, column), (_, R, C) = v.stride(), v.shape
+    if column == 1 or C == 1 and row != 1:
+        return (False, batch, row) if column == 1 else None
+    return (True, batch, column) if row == 1 else None
+
+
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, the sums of the rows of a [T, M], else None.
 
     a [T, M, K], b [T, K, N], bias [T, N] or None. The mask m multiplies `a` if mask_left, else
     the result. It is read off y, which has the shape of what it masks; None is the result itself.
     """
-    if backend != "triton":  # "auto", too: a first run would compile for longer than it gains
+    if backend != "triton":  # "auto", too: no first run on a GPU was seen to gain by compiling
         times_m = torch.ops.aten.leaky_relu_backward  # (value, y, slope, True) is m * value
         if mask_left and slope != 1:
             a = times_m(a, y, slope, True)
@@ -116,7 +146,21 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     T, M, K, N = *a.shape, b.shape[2]
     out = a.new_empty(T, M, N)
     sums = a.new_empty(T, M) if row_sums else None
-    strides = [() if v is None else v.stride() for v in (a, b, y, bias)]
+    mask = "none" if slope == 1 else "left" if mask_left else "result"
+    y = y if mask != "none" else None
+    a, b, y = (v if v is None or layout(v) else v.contiguous() for v in (a, b, y))
+    bias = bias.contiguous() if bias is not None and bias.stride(1) != 1 else bias
+    a_layout, b_layout, y_layout = (layout(v) if v is not None else (False, 0, 0)
+                                    for v in (a, b, y))
+    bias_batch = 0 if bias is None else bias.stride(0)
+    # The sizes along which memory is contiguous.
+    long = {"M" if a_layout[0] else "K", "K" if b_layout[0] else "N", "N"}
+    if y is not None:
+        long.add("M" if y_layout[0] else "K" if mask_left else "N")
+    sizes = {"M": M, "N": N, "K": K}
+    strides = [*a_layout[1:], *b_layout[1:], *y_layout[1:], bias_batch]
+    unit = 4 if all(n % 4 == 0 for n in (*strides, *(sizes[name] for name in long))) else 1
+    units = [unit if name in long else 1 for name in "MNK"]
     # Large tiles read a and b less often; small ones leave no part of the GPU without work.
     # These were the fastest of those tried on an H100 with the layers of mtgan.py.
     single = a.dtype == torch.float32
@@ -127,7 +171,9 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
         # products of those are faster than one of float32, and no less exact.
         split = single and torch.version.hip is None and torch.cuda.is_tf32_supported()
         product_kernel[T, triton.cdiv(M, tile_m), triton.cdiv(N, tile_n)](
-            a, b, y, bias, out, sums, *strides, M, N, K, slope, mask_left,
+            a, b, y, bias, out, sums, *(stride // unit for stride in strides),
+            *(n // u for n, u in zip((M, N, K), units)), slope, mask,
+            a_layout[0], b_layout[0], y_layout[0], unit, *units,
             "tf32x3" if split else "ieee", tile_m, tile_n, tile_k, num_warps=warps)
     return out, sums
 
@@ -182,8 +228,9 @@ class MaskedProduct(torch.autograd.Function):
         return dg, dweight, None, None, None, None
 
 
-for operation in (MaskedLinear, MaskedProduct):  # or PyTorch works it out anew in every call
-    operation.forward.__signature__ = inspect.signature(operation.forward)
+# PyTorch works out the signature of `forward` in every call, unless it finds one written down.
+MaskedLinear.forward.__signature__ = inspect.signature(lambda *inputs: None)
+MaskedProduct.forward.__signature__ = inspect.signature(lambda *inputs: None)
 
 # ------------------------------------------------------------------------------- 3 The layer
 default_backend = "auto"  # of layers that are given none
@@ -265,13 +312,21 @@ class Recorded:
             self.results = self.function(*self.inputs)
 
 
-def keep_memory():
-    """Let Linux's C library keep freed memory, which the system would fill with zeros before its
-    next use. This lasts as long as the process."""
+def use_whole_cpu():
+    """Two settings, for the rest of the process, that make training on a CPU faster."""
+    # PyTorch's usual library does not use the full width of every CPU, but oneDNN does. "medium"
+    # lets PyTorch ask it. Where a CPU multiplies bfloat16, "medium" would round to that, too.
+    torch.set_float32_matmul_precision("medium")
+    a = torch.rand(256, 256, device="cpu")
+    exact = a.double() @ a.double()
+    if (torch.mm(a, a) - exact).abs().max() > 1e-6 * exact.max():
+        torch.set_float32_matmul_precision("highest")
+    # Linux's C library gives freed memory back, and the system fills it with zeros before its next
+    # use. Let it keep large blocks, too. Only glibc has these settings; old ones take less.
     if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # only glibc has it
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
         mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # less for an old glibc
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)
         mallopt(trim_threshold, 2**31 - 1)
 
 

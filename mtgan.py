@@ -12,43 +12,46 @@ The words of this file:
     G, theta     the generator and its weights: it draws images from noise z
     D, phi       the discriminator and its weights: it tells real images from drawn ones
     domain       one kind of image, a class of a data set such as 'mnist 7'
-    task         to learn to draw a domain of which only a few images are given
-    shots        the number of these images
-    support      the images that are given
+    task         to draw a domain of which only a few images are given
+    shots        how many images are given
+    support      these images
     query        other images of the domain, which only score what was learned
-    pair         two domains, called source and target, which training treats alike
-    episode      the tasks of a pair, learned side by side
-    inner step   a step of D and one of G on a support, by copies of theta and phi
-    outer step   after an episode, a step of what all tasks start from
-    start        what that is: theta, phi, and the learning rates of the inner steps
+    pair         a source domain and a target domain, which are two tasks; training treats both
+                 alike, and what is tested are targets that were held out
+    episode      the tasks of one pair (or of --meta-batch pairs), learned side by side
+    inner step   a step of D and a step of G on the support of a task
+    start        what every task starts from: theta, phi and the inner steps' learning rates
+    outer step   a step of the start, after an episode
 
 The whole algorithm, in the names of the functions below:
 
-    theta, phi = train_gan(...)                           # a warm start: an ordinary GAN
+    theta, phi = train_gan(...)                     # warm start: an ordinary GAN
     for each episode:
-        domains = sample_pairs(...)                       # most are replaced by made-up ones
-        support, query = split(images of the domains)
-        theta_k, phi_k = theta, phi                       # copies for every task
-        for each inner step:                              # inner_step
-            phi_k   -= rate * unit step against loss_d on the support
-            theta_k -= rate * unit step against loss_g on the support
+        images = sample_images(sample_pairs(...))   # most replaced by random shapes (section 5)
+        support, query = split(images)
+        theta_k, phi_k = theta, phi                 # a copy for every task
+        for each inner step:                        # inner_step
+            phi_k   -= rate * g / rms(g)            # g: gradient of loss_d on the support
+            theta_k -= rate * g / rms(g)            # g: gradient of loss_g on the support
         score = energy_distance(generator(theta_k, z), query)
-        maml = d score / d (theta, phi, log rates)        # through all inner steps
+        maml = d score / d (theta, phi, log rates)  # through all inner steps
         reptile = (theta, phi) - mean of the tasks' (theta_k, phi_k)
         (theta, phi, log rates) -= Adam of maml/|maml| + reptile/|reptile|
 
 MAML asks how the start should change so that the score *after* the inner steps gets better. Each
 inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
-the start towards the weights at which the inner steps arrived.
+the start towards the weights at which the inner steps arrived. Each gets length one, because
+their lengths have nothing in common.
 """
-import argparse, ast, hashlib, io, itertools, json, math, os, random, re, socket, sys, time
+import argparse, ast, contextlib, hashlib, io, itertools, json, math, os, random, re, socket
+import sys, time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Must be set before torch is imported: waiting threads then burn less of the CPU.
+# Before torch is imported: idle threads spin for a short while only, as others need the CPU, too.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import filelock
 import numpy as np
@@ -63,18 +66,15 @@ from kernels import Recorded, fused_linear
 
 @dataclass
 class Settings:
-    """The hyper-parameters. Section 9 makes options of most; `args` has all options."""
-    algorithm: str = "both"  # MAML and Reptile together are better than either
-    shots: int = 25          # so many images a user may have
+    """The hyper-parameters. 'Search' stands for trials on classes kept out for that (README)."""
+    algorithm: str = "both"  # by search: better than MAML alone and Reptile alone
+    shots: int = 25          # an effort that a user can make
     inner_steps: int = 5     # an episode's memory and time grow with each
-    inner_lr: float = 2e-3   # G's first inner rate, and twice D's; all rates are learned
-    warm_steps: int = 5000   # ordinary GAN steps; without a warm start all results were worse
-    meta_steps: int = 500    # episodes; twice as many gained nothing
+    inner_lr: float = 2e-3   # initial rate of G; D's is half. Both are learned
+    warm_steps: int = 5000   # ordinary GAN steps; by search: without them all is worse
+    meta_steps: int = 500    # episodes; by search: twice as many gain nothing
     meta_batch: int = 1      # pairs of an episode
-    meta_lr: float = 4e-4    # outer rate, found by search
-    test_seeds: int = 5      # draws of the support in a test; the ± shows their spread
-    test_steps: tuple = (0, 1, 2, 5, 10, 20, 50, 100, 200)
-    judge_steps: int = 500   # training steps of the classifier that measures
+    meta_lr: float = 4e-4    # outer rate, by search
 
 # 1  Networks --------------------------------------------------------------------------
 # A comment such as "# [T, B, 784]" is the shape of a tensor:
@@ -103,7 +103,7 @@ def new_players():
     return Players(layers(GENERATOR_SIZES), layers(DISCRIMINATOR_SIZES))
 
 def each(function, players):
-    """The `Players` that a function makes of each tensor of `Players` or of a `Start`."""
+    """`Players` with a function applied to each tensor. Of a `Start` it takes the weights."""
     return Players(list(map(function, players.theta)), list(map(function, players.phi)))
 
 def network(parameters, x, slope):
@@ -145,8 +145,8 @@ def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, 784] and y [T, m, 784]  # [T]
 
     On average it is 0 if x and y have one distribution, and else more (for GANs: Bellemare et al.
-    2017, arXiv 1705.10743). It is the score, too. D cannot be: an outer step changes D, and would
-    learn to spoil it."""
+    2017, arXiv 1705.10743). It is the score, too. D's loss cannot be: the outer step, which
+    changes D, would lower it by making D bad."""
     def distances(a, b):  # from |a - b|^2 = |a|^2 + |b|^2 - 2 a b  # [T, n, m]
         squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(1)
         squares = torch.baddbmm(squares, a, b.mT, alpha=-2)
@@ -166,14 +166,17 @@ def inner_step(theta, phi, rates, real, second_order=True):
     (Antoniou et al. 2019, arXiv 1810.09502). real: images [T, B, 784]. Without second_order the
     gradients become constants.
 
-    An inner gradient is *partial*. D's loss depends on phi directly, but also through `fake`,
-    because earlier steps of theta used phi. Only the first is meant. `grad(f)(phi)` of torch.func
-    differentiates f by its argument, with all else constant in this derivative, while the outer
-    gradient still passes through everything. torch.autograd.grad would follow both ways, and
-    `fake.detach()` would cut the outer gradient. Neither mistake raises an error.
+    An inner gradient is *partial*. In the second step, for example, phi reaches D's loss in two
+    ways: directly, and by phi -> theta -> fake, because the first step of G was taken against
+    this phi. D plays against given images, so its step must not see the second way. The outer
+    gradient must see both. `grad(f)(phi)` of torch.func does just that: it differentiates f by
+    its argument and holds all else constant, but in this derivative only. torch.autograd.grad
+    would follow both ways, and fake.detach() would hide the second from the outer gradient, too.
+    Neither mistake raises an error.
     """
     rates_g, rates_d = rates
     z = noise(len(real), FAKES)
+    # G draws once for both players. `pull_back` later turns a gradient of images into theta's.
     fake, pull_back = vjp(lambda theta: generator(theta, z), theta)  # [T, FAKES, 784]
 
     def game_d(phi):
@@ -181,17 +184,17 @@ def inner_step(theta, phi, rates, real, second_order=True):
         real_logits, fake_logits = logits.split([real.shape[1], FAKES], 1)
         return loss_d(real_logits, fake_logits).sum()
 
-    phi = descend(phi, rates_d, grad(game_d)(phi), second_order)
+    new_phi = descend(phi, rates_d, grad(game_d)(phi), second_order)
 
-    def game_g(fake):
-        return loss_g(discriminator(phi, fake), fake, real).sum()
+    def game_g(fake):  # new_phi is a constant here, though it was made from fake
+        return loss_g(discriminator(new_phi, fake), fake, real).sum()
 
-    of_theta, = pull_back(grad(game_g)(fake))  # chain rule: by the images, then by theta
-    return descend(theta, rates_g, of_theta, second_order), phi
+    of_theta, = pull_back(grad(game_g)(fake))
+    return descend(theta, rates_g, of_theta, second_order), new_phi
 
 def descend(parameters, rates, gradients, second_order):
-    """p - rate * g / rms(g), with the rms over one tensor of one task. So the rate is the length
-    of the step, however small the gradient. rates [layers]: of a weight and its bias."""
+    """p - rate * g / rms(g), with the rms over one tensor of one task. So each weight moves by
+    about its rate, however small the gradient. rates [layers]: of a weight and its bias."""
     moved = []
     for p, rate, g in zip(parameters, rates.repeat_interleave(2), gradients):
         g = g if second_order else g.detach()
@@ -205,8 +208,8 @@ def meta_gradient(start, support, query, algorithm):
     The images of T tasks: support [T, shots, 784], query [T, queries, 784].
 
     maml     the score's gradient through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   the same to first order: inner gradients are constants (same paper). Then nothing in
-             the score depends on D, whose part is 0
+    fomaml   the same with inner gradients as constants, to first order (same paper). The part
+             of phi is then 0, since the score sees theta alone
     reptile  start - mean of the adapted weights (Nichol et al. 2018, arXiv 1803.02999)
     both     maml/|maml| + reptile/|reptile|
     """
@@ -224,7 +227,7 @@ def meta_gradient(start, support, query, algorithm):
         direction = torch.autograd.grad(score, leaves, materialize_grads=True)
     if algorithm in ("reptile", "both"):
         reptile = [p.detach() - adapted.detach().mean(0, keepdim=True)
-                   for p, adapted in zip(leaves, [*theta, *phi])]
+                   for p, adapted in zip(leaves[:-1], [*theta, *phi])]
         reptile.append(torch.zeros_like(log_rates))  # Reptile has nothing to say of rates
     if algorithm == "both":
         direction = [m + r for m, r in zip(unit(direction), unit(reptile))]
@@ -281,7 +284,8 @@ def with_made_up(images):
     return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, made_up, images)
 
 def with_mixtures(images):
-    """Images [T, n, 784]. Some tasks get half of their images from another: t from T - 1 - t."""
+    """Images [T, n, 784], where some tasks lend half of theirs, given and queried, from another:
+    task t from task T - 1 - t, which in an episode of one pair is the other domain."""
     tasks, n, _ = images.shape
     replaced = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(replaced, images.flip(0), images)
@@ -291,7 +295,7 @@ def level_sets(pen, n):
 
     A domain is a smooth random landscape, and each of its images raises or lowers that a little.
     Bright is what lies above the water or, with a pen, the shore. The numbers were chosen by eye:
-    domains should differ more than the images of one.
+    different domains should differ more than two images of one.
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
 
@@ -302,13 +306,14 @@ def level_sets(pen, n):
         grid = torch.randn(tasks, many, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
 
-    height = smooth(1, 6) + 0.5 * smooth(1, 4) + uniform(0.1, 0.5) * smooth(n, 5)
+    landscape = smooth(1, 6) + 0.5 * smooth(1, 4)
+    height = landscape + uniform(0.1, 0.5) * smooth(n, 5)  # [T, n, 28, 28]
 
     # Most domains are islands: high in the middle, under water along the frame.
     line = torch.linspace(-1, 1, 28)
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)
     filled = (uniform(0, 1) < FILLED) & ~pen
-    height = torch.where(filled, height, height + island)  # [T, n, 28, 28]
+    height = torch.where(filled, height, height + island)
 
     # Height divided by steepness is about the distance to the shore, in pixels.
     steepness = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
@@ -323,8 +328,8 @@ def level_sets(pen, n):
 # 6  Training --------------------------------------------------------------------------
 GAN_BATCH, GAN_LR = 64, 2e-4  # real images, and Adam's rate: usual ones for a GAN
 R1 = 10  # weight of a penalty on D's slope (Mescheder et al. 2018, arXiv 1801.04406)
-RATES_LR = 15  # log rates need larger steps than weights: so many times, by search
-TRANSFER_STEPS = 20  # ordinary steps that take as long as a pair of an episode (2 cores)
+RATES_LR = 15  # the outer rate of log rates is so many times that of weights, by search
+TRANSFER_STEPS = 20  # ordinary steps take about as long as one pair of an episode (on 2 cores)
 SAVE_SECONDS = 30
 
 def reseed(*key):
@@ -332,82 +337,88 @@ def reseed(*key):
     random.seed(repr(key))
     torch.manual_seed(random.getrandbits(32))
 
-def run_stage(stage, steps, do_step, tensors, optimizers, args):
-    """Call do_step(0), ..., do_step(steps - 1). Prints and saves every 30 s.
+def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
+    """Call do_step(0), ..., do_step(steps - 1), saving every 30 s and at the end.
 
     do_step changes the tensors in place and returns numbers to print, as {name: value}. One may
     be "skipped": how many updates it left out, because a gradient was not finite.
 
     What was stopped, even by kill -9, goes on from the last save, and ends with the same bits:
     state/STAGE.pt has the steps done, the tensors and the optimizers' states, and the random
-    numbers of a step follow from seed, stage and step alone.
+    numbers of a step follow from seed, stage and step (and process, if there are several).
+    preview, if given, is called after each save.
     """
-    path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
+    path, first, skipped, mean = Path(args.out, "state", f"{stage}.pt"), 0, 0, {}
     if path.exists():
         first, skipped, values, states = load(path)
         torch._foreach_copy_(tensors, values)
         for optimizer, state in zip(optimizers, states):
             optimizer.load_state_dict(state)
-    began, saved = time.monotonic(), -math.inf
+    saved = -math.inf
     for step in range(first, steps):
-        reseed(args.seed, stage, step)
-        numbers = do_step(step)
+        reseed(args.seed, stage, step, *([RANK] if RANK else []))
+        numbers = dict(do_step(step))  # a copy: a recorded step returns the same dict again
         skipped = skipped + numbers.pop("skipped", 0)
-        done, now = step + 1, time.monotonic()
-        if done == steps or now - saved > SAVE_SECONDS:
-            left = (now - began) / (done - first) * (steps - done)
-            shown = "".join(f", {name} {float(value):.3g}" for name, value in numbers.items())
-            say(f"{stage} {done}/{steps}, {left:.0f} s left, {int(skipped)} skipped{shown}",
-                sys.stderr)
+        for name, value in numbers.items():  # a running mean over about 50 steps
+            mean[name] = torch.lerp(mean.get(name, value), value, 0.02)
+        done = step + 1
+        numbers |= {f"mean {name}": value for name, value in mean.items()}
+        args.progress.show(stage, done, steps, {**numbers, "skipped": skipped})
+        if RANK == 0 and (done == steps or time.monotonic() - saved > SAVE_SECONDS):
             states = [optimizer.state_dict() for optimizer in optimizers]
             save(path, (done, int(skipped), tensors, states))
-            saved = now
+            if preview:
+                preview()
+            saved = time.monotonic()
     if skipped > steps / 10:
         say(f"warning: {stage} left out {int(skipped)} updates of {steps} steps, whose gradients "
             "were not finite. Do not trust this run", sys.stderr)
 
 def adam(tensors, lr):
-    """Adam with the short memory (0.5) that suits a game, in which gradients keep turning."""
+    """Adam with a short memory of gradients, 0.5 and not 0.9: in a game they keep turning."""
     return torch.optim.Adam(tensors, lr, betas=(0.5, 0.999), fused=True, capturable=True)
 
 def apply_gradients(optimizer, gradients):
-    """A step of the optimizer with gradients [T, ...], left out if those of every task have an
-    inf or nan. Returns how many were left out, 0 or 1  # []"""
+    """A step of the optimizer with gradients [T, ...]. It is skipped if no task has finite ones;
+    if one task does, a bad task must not stop it. Returns 1 if it was skipped, else 0  # []"""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])  # [tensors, T]
     some_task_is_fine = norms.isfinite().all(0).any()
-    optimizer.found_inf = 1 - some_task_is_fine.float()  # fused Adam asks this on the device
+    optimizer.found_inf = 1 - some_task_is_fine.float()  # fused Adam then skips, on the device
     for p, g in zip(optimizer.param_groups[0]["params"], gradients):
-        p.grad = g.contiguous()  # fused Adam takes a transposed one for contiguous, silently
+        p.grad = g.contiguous()  # fused Adam misreads a transposed gradient, silently
     optimizer.step()
     return optimizer.found_inf
 
-def gan_step(players, optimizers, real, z):
+def gan_step(players, optimizers, real, z, average=list):
     """An ordinary step of D, then one of G, in place. Returns numbers to print.
-    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi."""
+    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: of gradients."""
     optimizer_g, optimizer_d = optimizers
-    theta, phi = each(differentiable, players)
+    theta, phi = each(differentiable, players)  # they share memory with the players
     fake = generator(theta, z)  # [T, n, 784]
     real_logits, to_images = vjp(lambda real: discriminator(phi, real), real)
     slope, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
     penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # keeps D and G from circling
     d = (loss_d(real_logits, discriminator(phi, fake.detach())) + penalty).sum()
-    skipped_d = apply_gradients(optimizer_d, torch.autograd.grad(d, phi))
+    skipped_d = apply_gradients(optimizer_d, average(torch.autograd.grad(d, phi)))
 
+    # players.phi is the new D, and a constant, so that no time goes into its gradient.
     g = loss_g(discriminator(players.phi, fake), fake, real).sum()
-    skipped_g = apply_gradients(optimizer_g, torch.autograd.grad(g, theta))
+    skipped_g = apply_gradients(optimizer_g, average(torch.autograd.grad(g, theta)))
     return {"skipped": torch.maximum(skipped_d, skipped_g), "D": d.detach(), "G": g.detach()}
 
 def train_gan(stage, players, steps, domains, args):
     """Ordinary GAN training on four domains a step, most of them made up. Returns `Players`."""
     players = each(torch.clone, players)
     optimizers = [adam(weights, GAN_LR) for weights in players]
-    step_on = Recorded(partial(gan_step, players, optimizers))
+    # On a GPU it becomes a CUDA graph.
+    step_on = Recorded(partial(gan_step, players, optimizers, average=average_of_processes))
 
     def do_step(_):
         real = sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4)  # [4, 16, 784]
         return step_on(with_made_up(real).reshape(1, GAN_BATCH, PIXELS), noise(1, FAKES))
 
-    run_stage(stage, steps, do_step, [*players.theta, *players.phi], optimizers, args)
+    tensors, preview = [*players.theta, *players.phi], partial(draw_progress, stage, players)
+    run_stage(stage, steps, do_step, tensors, optimizers, args, partial(preview, domains, args))
     return players
 
 def meta_train(warm, domains, args):
@@ -416,13 +427,16 @@ def meta_train(warm, domains, args):
     layers = len(warm.theta) // 2
     start = Start(*each(torch.clone, warm), rates.log().repeat(args.inner_steps, 1, layers))
     weights = [*start.theta, *start.phi]
-    lrs = torch.zeros(2).unbind()  # tensors, so that a recorded step sees them change
+    lrs = torch.zeros(2).unbind()  # tensors: a recorded step would keep a number for ever
     optimizers = [adam(weights, lrs[0]), adam([start.log_rates], lrs[1])]
     n = min(args.shots + QUERIES, domains.fewest)
 
     def outer_step(support, query):
         score, direction = meta_gradient(start, support, query, args.algorithm)
-        direction = unit(direction)  # no episode outweighs another
+        direction = average_of_processes(direction)
+        # No episode outweighs another. Twice, because the first makes an inf to nan in its place
+        # alone, the second spreads a nan to all: then weights and rates are skipped together.
+        direction = unit(unit(direction))
         skipped = apply_gradients(optimizers[0], direction[:-1])
         apply_gradients(optimizers[1], direction[-1:])
         return {"skipped": skipped, "score": score}
@@ -436,22 +450,24 @@ def meta_train(warm, domains, args):
         images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
         return outer_step(*split(with_mixtures(with_made_up(images)), args.shots))
 
-    tensors = [*weights, start.log_rates]
-    run_stage("meta-training", args.meta_steps, do_step, tensors, optimizers, args)
+    stage, tensors = "meta-training", [*weights, start.log_rates]
+    preview = partial(draw_progress, stage, start, domains, args)
+    run_stage(stage, args.meta_steps, do_step, tensors, optimizers, args, preview)
     return start
 
 def train_all(domains, args):
-    """Returns the `Start`, and the `Players` of the baseline. That is transfer: the warm start's
-    training goes on, for as long as the episodes take."""
+    """Returns the `Start` as it is in mtgan.pt, and the `Players` of the baseline. That is
+    transfer: the warm start's training goes on, for as long as the episodes took."""
     reseed(args.seed, "start")
     warm = train_gan("warm start", new_players(), args.warm_steps, domains, args)
+    start = save_start(meta_train(warm, domains, args), domains, args)
     steps = TRANSFER_STEPS * args.meta_batch * args.meta_steps
-    transfer = train_gan("transfer", warm, steps, domains, args)
-    return meta_train(warm, domains, args), transfer
+    return start, train_gan("transfer", warm, steps, domains, args)
 
-# 7  Meta-testing (the method is told; from here on we measure and serve) ---------------
+# That was the method. From here on we measure it and serve it.
+# 7  Meta-testing ----------------------------------------------------------------------
 ADAM_LR = 1e-3  # after the learned steps, chosen on validation classes
-TRANSFER_LRS = 1e-3, 2e-3  # for transfer, each in a row of its own
+TRANSFER_LRS = 1e-3, 2e-3  # Adam's rates for transfer: a row of the table for each
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "nearest": "distance to the nearest support image, of real images 1"}
@@ -460,19 +476,33 @@ def few_shot(support, start, lr=ADAM_LR):
     """Adapt to a support [T, shots, 784]. Yields theta before the first step and after each,
     without end.
 
-    A `Start` takes its learned inner steps first. `Players` have none. Then come ordinary GAN
-    steps by Adam at the rate lr, which change the yielded tensors in place.
+    A `Start` first takes its learned inner steps. Then, and for `Players` from the beginning,
+    come ordinary GAN steps by Adam at the rate lr, which change the yielded tensors in place.
     """
     players = each(lambda p: p.expand(len(support), *p.shape[1:]), start)
     yield players.theta
-    for rates in start.log_rates.exp() if isinstance(start, Start) else ():
-        players = Players(*inner_step(*players, rates, support, second_order=False))
-        yield players.theta
+    if isinstance(start, Start):
+        for rates in start.log_rates.exp():
+            players = Players(*inner_step(*players, rates, support, second_order=False))
+            yield players.theta
     players = each(torch.clone, players)
     step_on = Recorded(partial(gan_step, players, [adam(weights, lr) for weights in players]))
     while True:
         step_on(support, noise(len(support), FAKES))
         yield players.theta
+
+def draw_progress(stage, start, domains, args):
+    """Rewrite progress.png: eight images of each held-out target, and what each stage's start
+    draws after ten steps on them, always with the same noise. A row for each stage."""
+    path = Path(args.out, "state", "progress.pt")
+    rows = load(path) if path.exists() else {}
+    reseed(args.seed, "progress")
+    support = sample_images(domains, domains.test, args.shots)
+    theta = next(itertools.islice(few_shot(support, start), 10, None))
+    rows |= {"support": support[:, :8], stage: generator(theta, noise(len(support), 8))}
+    save(path, rows)
+    images = torch.cat([row.flatten(0, 1) for row in rows.values()])
+    save(Path(args.out, "progress.png"), picture(images, 8 * len(support), 2))
 
 def translate(theta, images):
     """Find noise from which the first G of theta [2, ...] draws images [1, n, 784]. Returns the
@@ -485,15 +515,15 @@ def translate(theta, images):
         optimizer.step()
     return torch.cat([images, generator(theta, z.expand(2, -1, -1))])
 
-def without_a_gan(support, query, n):
-    """What needs no GAN: {name: images [T, n, 784]}."""
+def without_a_gan(support, real, n):
+    """What needs no GAN: {name: images [T, n, 784]}, the real ones [T, n, 784] among them."""
     tasks, shots, _ = support.shape
     mean, components = support.mean(1, keepdim=True), min(8, shots - 1)
     _, scale, directions = torch.linalg.svd(support - mean, full_matrices=False)
     deviations = scale[:, None, :components] / max(1, shots - 1) ** 0.5
     weights = torch.randn(tasks, n, components) * deviations
     gaussian = mean + weights @ directions[:, :components]
-    return {"real images": query[:, :n],
+    return {"real images": real,
             "support repeated": support[:, torch.arange(n) % shots],
             f"Gaussian on {components} components": gaussian.clamp(-1, 1)}
 
@@ -528,49 +558,53 @@ def frechet_distance(a, b):
     if not (a.isfinite().all() and b.isfinite().all()):
         return math.inf
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    # The trace of a root is the sum of the roots of the eigenvalues.
+    # A product of covariances has real eigenvalues, and its root's trace is the sum of their roots.
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
     distance = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
     return distance.clamp(min=0).item()
 
-def judge_samples(x, support, query, label, judge):
-    """The METRICS of samples x [n, 784] of a task. One half of its query [2 n, 784] scales
-    "nearest", the other is what the Fréchet distance is from. label: the index of its class."""
+def judge_samples(x, support, real, reference, label, judge):
+    """The METRICS of samples x [n, 784] of a class with the index `label`.
+    real: other images of the class [n, 784], the scale of "nearest".
+    reference: the judge's features of further ones [n, 64], which "frechet" compares."""
     def to_support(images):
         return torch.cdist(images, support).amin(1).mean()
-    real, reference = query.chunk(2)
     features = judge[0](x)
     logits = judge[1](features)  # [n, classes]
     recognised = logits.amax(-1) == logits[:, label]  # a nan equals nothing
-    return {"frechet": frechet_distance(features, judge[0](reference)),
+    return {"frechet": frechet_distance(features, reference),
             "recognised": recognised.double().mean().item(),
             "nearest": (to_support(x) / to_support(real).clamp(min=1e-9)).item()}
 
 def meta_test(methods, judge, domains, args):
-    """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets.
-    Returns rows, a dict for every method, draw, number of steps and target; and nine images of
-    each row of the first draw, {(target, method, steps): [9, 784]}."""
+    """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets, with
+    all draws of the support side by side. Returns rows, a dict for every method, draw, number of
+    steps and target; and nine images of each row of the first draw: {(target, method, steps): x}.
+    """
     n = min(500, (domains.fewest - args.shots) // 2)
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     done, rows, film = load(path) if path.exists() else (0, [], {})
-    tests = list(itertools.product(range(args.test_seeds), ("no GAN", *methods)))
-    for number, (seed, method) in enumerate(tests[done:], done + 1):
-        say(f"test {number}/{len(tests)}: {method}", sys.stderr)
-        reseed(args.seed, "test", seed)
-        images = sample_images(domains, domains.test, args.shots + 2 * n)
-        support, query = split(images, args.shots)
+    reseed(args.seed, "test")
+    tasks = list(itertools.product(range(args.test_seeds), domains.test))
+    images = sample_images(domains, [target for _, target in tasks], args.shots + 2 * n)
+    support, query = split(images, args.shots)
+    real, reference = query.chunk(2, 1)  # [T, n, 784]
+    features = [judge[0](images) for images in reference]
+    for number, method in list(enumerate(("no GAN", *methods), 1))[done:]:
+        reseed(args.seed, "test", method)
         if method == "no GAN":
-            drawn = [(name, 0, x) for name, x in without_a_gan(support, query, n).items()]
+            drawn = [(name, 0, x) for name, x in without_a_gan(support, real, n).items()]
         else:
             thetas = zip(range(args.test_steps[-1] + 1), few_shot(support, *methods[method]))
-            drawn = [(method, steps, generator(theta, noise(len(images), n)))
+            drawn = [(method, steps, generator(theta, noise(len(tasks), n)))
                      for steps, theta in thetas if steps in args.test_steps]
-        for (name, steps, x), (i, target) in itertools.product(drawn, enumerate(domains.test)):
-            metrics = judge_samples(x[i], support[i], query[i], names.index(target), judge)
+        for (name, steps, x), (i, (seed, target)) in itertools.product(drawn, enumerate(tasks)):
             row = {"method": name, "seed": seed, "steps": steps, "target": target}
-            rows.append({**row, **metrics})
+            label = names.index(target)
+            rows.append(row | judge_samples(x[i], support[i], real[i], features[i], label, judge))
             film.setdefault((target, name, steps), x[i, :9].clone())
         save(path, (number, rows, film))
+        args.progress.show("test", number, 1 + len(methods), {})
     return rows, film
 
 def print_tables(folders):
@@ -578,7 +612,7 @@ def print_tables(folders):
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
     reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
-        refuse_differences(path.parent, report, reports[0], "seed")
+        refuse_differences(path.parent, report, reports[0], "make a table of its own", "seed")
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
@@ -594,6 +628,8 @@ def print_tables(folders):
 
 def interval(values):
     """'mean ± two standard errors', about the 95 % interval of independent values."""
+    if not np.isfinite(values).all():
+        return "inf"
     mean, two = np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
@@ -668,7 +704,7 @@ def load_dataset(spec, data_dir):
     if name in TORCHVISION:
         title, classes = name, load_torchvision(name, data_dir)
     elif name in ("strokes", "shapes"):
-        torch.manual_seed(len(name))  # the same images in every run
+        reseed(name)  # the same images in every run
         images = level_sets(torch.full((10,), name == "strokes"), 400)
         title, classes = name, {str(i): ((x + 1) * 127.5).byte() for i, x in enumerate(images)}
     else:
@@ -701,8 +737,9 @@ def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}.
     Passes over what a system makes for itself, and says what else it leaves out."""
     classes, left_out = {}, Counter()
-    with_long_numbers = partial(re.sub, r"\d+", lambda digits: digits[0].zfill(20))  # 2 before 10
-    for path in map(Path, sorted(map(str, Path(folder).rglob("*")), key=with_long_numbers)):
+    def with_long_numbers(path):  # sorts 2 before 10
+        return re.sub(r"\d+", lambda digits: digits[0].zfill(20), str(path))
+    for path in sorted(Path(folder).rglob("*"), key=with_long_numbers):
         parts = path.relative_to(folder).parts
         if any(part.startswith((".", "__", "@", "$")) for part in parts):
             continue
@@ -736,7 +773,7 @@ def read_image(path):
             values = 255 * (values - low) / max(high - low, 1e-9)
             image = Image.fromarray(np.uint8(values.clip(0, 255)))
         grey, alpha = image.convert("RGBA").convert("LA").split()
-    # Behind a cut-out: white if it is dark, else black.
+    # Transparent pixels become white around what is dark, and else black.
     behind = 255 if ImageStat.Stat(grey, alpha).mean[0] < 127 else 0
     grey = Image.composite(grey, Image.new("L", grey.size, behind), alpha)
     light = np.asarray(grey)
@@ -744,6 +781,18 @@ def read_image(path):
     if border > 127:
         grey, border = ImageOps.invert(grey), 255 - border
     return np.asarray(ImageOps.pad(grey, (28, 28), Image.LANCZOS, border)).reshape(PIXELS)
+
+def save_start(start, domains, args):
+    """Write mtgan.pt, in half precision. Returns the start as it can be read from there."""
+    half = [p.half() for p in (*start.theta, *start.phi, start.log_rates)]
+    n, classes = len(start.theta), {name for pair in domains.train for name in pair}
+    if RANK == 0:
+        save(Path(args.out, "mtgan.pt"),
+             {"theta": half[:n], "phi": half[n:-1], "log_rates": half[-1],
+              "domains": domains.title, "classes": sorted(classes)})
+        say(f"{args.out}: mtgan.pt can be used; progress.png shows what it draws", sys.stderr)
+    *weights, log_rates = [p.float() for p in half]
+    return Start(weights[:n], weights[n:], log_rates)
 
 def load_start(path):
     """The `Start` in an mtgan.pt or in a run's folder, and a dict of what it was trained on."""
@@ -797,6 +846,60 @@ def claim(out, mark=""):
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}") from None
 
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def join_processes(args):
+    """Meet the other processes that torchrun has started, if there are any."""
+    if PROCESSES > 1:
+        cuda = torch.device(args.device).type == "cuda"
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+
+def average_of_processes(gradients):
+    """The mean of every gradient over all processes."""
+    if PROCESSES == 1:
+        return gradients
+    gradients = [g.contiguous() for g in gradients]
+    for g in gradients:
+        torch.distributed.all_reduce(g)
+    return [g / PROCESSES for g in gradients]
+
+class Progress:
+    """Says how far a run is: on a terminal in a line that is rewritten, elsewhere in a line every
+    30 s. The numbers of these lines go to log.jsonl, too."""
+
+    def __init__(self, costs, out=None):
+        self.costs, self.out = costs, out  # {stage: about as long as so many ordinary GAN steps}
+        self.began, self.shown, self.logged = time.monotonic(), -math.inf, -math.inf
+        self.first, self.line, self.planned = None, "", False
+
+    def show(self, stage, done, steps, numbers):
+        now, stages = time.monotonic(), list(self.costs)
+        position = sum(self.costs[name] for name in stages[:stages.index(stage)])
+        end = position + self.costs[stage]
+        position += self.costs[stage] * done / steps
+        self.first = self.first or position - self.costs[stage] / steps  # where this run went on
+        pace = (now - self.began) / (position - self.first)
+        log = done == steps or now - self.logged >= SAVE_SECONDS
+        if RANK or not (log or sys.stderr.isatty() and now - self.shown > 0.3):
+            return
+        if not self.planned and now - self.began > SAVE_SECONDS:
+            self.planned = True
+            minutes = (f"{name} {cost * pace / 60:.1f}" for name, cost in self.costs.items())
+            say(f"expected minutes: {', '.join(minutes)}", sys.stderr)
+        numbers = {name: float(f"{float(value):.3g}") for name, value in numbers.items()}
+        left = [round(pace * (where - position)) for where in (end, sum(self.costs.values()))]
+        line = f"{stage} {done}/{steps}, {left[0]} s left, {left[1]} s of the run"
+        line += "".join(f", {name} {value:g}" for name, value in numbers.items())
+        say(("\r" if sys.stderr.isatty() else "") + line.ljust(len(self.line)), sys.stderr,
+            "\n" if log or not sys.stderr.isatty() else "")
+        self.line, self.shown = line, now
+        if log:
+            self.logged, self.line = now, ""
+            with open(Path(self.out, "log.jsonl"), "a") as file:
+                row = {"stage": stage, "step": done, "of": steps, **numbers}
+                file.write(json.dumps(row) + "\n")
+
 def hash_of(parts):
     """A short hash of strings or tensors."""
     digest = hashlib.sha256()
@@ -811,24 +914,27 @@ def new_report(args, domains, start):
     hashes = {"code": hash_of(ast.dump(ast.parse(source)) for source in sources),  # no comments
               "images": hash_of([str(domains[1:]), *domains.images.values()]),
               "start": start and hash_of([*start.theta, *start.phi, start.log_rates])}
-    report = {"settings": {**vars(args), **hashes}, "domains": domains.title,
+    settings = {**vars(args), **hashes, "processes": PROCESSES}
+    report = {"settings": settings, "domains": domains.title,
               "torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None),
               "device": torch.cuda.get_device_name(device) if cuda else device}
     return json.loads(json.dumps(report))  # as it will be read: tuples become lists
 
-def refuse_differences(folder, old, new, *may_differ):
+def refuse_differences(folder, old, new, advice, *may_differ):
     """The settings of two reports must agree. Hashes guard those that may differ."""
     may_differ = {"source", "target", "data_dir", "out", "device", "test", *may_differ}
     for name in sorted(new["settings"].keys() - may_differ):
         before, value = (report["settings"].get(name) for report in (old, new))
         numbers = "" if name in ("code", "images", "start") else f" ({before}, not {value})"
-        require(before == value, f"{folder} has other {name}{numbers}: choose another --out")
+        require(before == value, f"{folder} has other {name}{numbers}: {advice}")
 
 # 9  Command line ----------------------------------------------------------------------
 SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start of a default run
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
-DEFAULTS = {**asdict(Settings()), "source": ["mnist"], "target": ["fashion"], "data_dir": "data",
+DEFAULTS = {**asdict(Settings()), "test_seeds": 5, "judge_steps": 500,
+            "test_steps": (0, 1, 2, 5, 10, 20, 50, 100, 200),
+            "source": ["mnist"], "target": ["fashion"], "data_dir": "data",
             "out": "runs/...", "seed": 0, "kernel": "auto", "steps": 100, "samples": 64,
             "device": "cuda" if torch.cuda.is_available() else "cpu", "tables": ()}
 OPTIONS = {  # the modes: {an option that they have: its help}
@@ -864,10 +970,11 @@ HOW = {"target": SPEC, "source": SPEC, "test": RUN, "adapt": RUN,  # what argpar
        "kernel": {"choices": ("auto", "torch", "triton"), "metavar": "NAME"},
        "algorithm": {"choices": ("maml", "fomaml", "reptile", "both"), "metavar": "NAME"}}
 
-def say(line, file=None):
+def say(line, file=None, end="\n"):
     """Print. Where the reader has left, later lines go nowhere, and the run goes on."""
     try:
-        print(line, file=file, flush=True)
+        if RANK == 0:
+            print(line, file=file, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
@@ -917,8 +1024,12 @@ def parse(argv):
 
 def run(args):
     """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
-    began, out, domains = time.monotonic(), Path(args.out), load_domains(args)
-    start = transfer = None
+    began, out = time.monotonic(), Path(args.out)
+    if RANK:
+        torch.distributed.barrier()  # the first process downloads, the others wait
+    domains, start, transfer = load_domains(args), None, None
+    if PROCESSES > 1 and RANK == 0:
+        torch.distributed.barrier()
     if args.test is not None:
         start, saved = load_start(args.test)
         args.inner_steps = len(start.log_rates)
@@ -926,22 +1037,29 @@ def run(args):
         seen = [name for name in domains.test if name in saved["classes"]]
         title += f", and so on these classes: {', '.join(seen)}" if seen else ""
         domains = domains._replace(title=title)
+        folder = Path(args.test) if Path(args.test).is_dir() else Path(args.test).parent
+        if Path(folder, "state", "transfer.pt").exists():
+            _, _, tensors, _ = load(Path(folder, "state", "transfer.pt"))
+            transfer = Players(tensors[:len(start.theta)], tensors[len(start.theta):])
     report, path = new_report(args, domains, start), out / "report.json"
-    with claim(out, "report.json"):
-        if path.exists():
-            refuse_differences(out, load(path, "settings"), report)
-        else:
-            save(path, report)
+    with contextlib.ExitStack() as stack:
+        if RANK == 0:
+            stack.enter_context(claim(out, "report.json"))
+            if path.exists():
+                refuse_differences(out, load(path, "settings"), report, "choose another --out")
+            else:
+                save(path, report)
+        episodes = TRANSFER_STEPS * args.meta_batch * args.meta_steps
+        training = {"warm start": args.warm_steps, "meta-training": episodes, "transfer": episodes}
+        tests = args.test_seeds * args.test_steps[-1] * len(domains.test)
+        args.progress = Progress({**(training if start is None else {}),
+                                  "judge": args.judge_steps / 2, "test": tests}, out)
+        say(f"{report['device']}, {torch.get_num_threads()} threads, {PROCESSES} processes, kernel "
+            f"{args.kernel}; held out: {', '.join(domains.test)}", sys.stderr)
         if start is None:
             start, transfer = train_all(domains, args)
-            half = [p.half() for p in (*start.theta, *start.phi, start.log_rates)]
-            n, classes = len(start.theta), {name for pair in domains.train for name in pair}
-            save(out / "mtgan.pt", {"theta": half[:n], "phi": half[n:-1], "log_rates": half[-1],
-                                    "domains": domains.title, "classes": sorted(classes)})
-            start, _ = load_start(out)  # tested as it was saved, in half precision
-        elif Path(args.test, "state", "transfer.pt").exists():
-            _, _, tensors, _ = load(Path(args.test, "state", "transfer.pt"))
-            transfer = Players(tensors[:len(start.theta)], tensors[len(start.theta):])
+        if RANK:
+            return
         methods = {"MT-GAN": (start, ADAM_LR)}
         if transfer:
             methods |= {f"transfer, Adam {lr:g}": (transfer, lr) for lr in TRANSFER_LRS}
@@ -988,6 +1106,7 @@ def main(argv=None):
         if args.tables:
             print_tables(args.tables)
             return 0
+        join_processes(args)
         try:
             torch.set_default_device(args.device)
             torch.ones(1).double().item()
@@ -996,7 +1115,8 @@ def main(argv=None):
         refusal = args.kernel == "triton" and kernels.why_not_triton(args.device)
         require(not refusal, f"--kernel: {refusal}")
         kernels.default_backend = args.kernel  # set once, so that no network has to pass it on
-        kernels.keep_memory()
+        if torch.device(args.device).type == "cpu":
+            kernels.use_whole_cpu()
         torch.autograd.set_multithreading_enabled(False)  # faster on a GPU
         if args.adapt is None:
             run(args)

@@ -269,6 +269,11 @@ def test_a_step_of_no_gradient_is_finite():
     moved, = mtgan.descend([p], torch.ones(4), [torch.zeros_like(p)], True)
     assert torch.equal(moved, p)
 
+def parsed(*words):     # a command line, and no progress shown
+    args = mtgan.parse([str(word) for word in words])
+    args.progress = Mock()
+    return args
+
 # Tasks --------------------------------------------------------------------------------------------
 def numbered(classes=8, each=40):   # domains in which every image carries its own number
     images = torch.zeros(classes, each, 784, dtype=torch.uint8)
@@ -298,9 +303,10 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
                         or original(domains, classes, n))
-    settings = mtgan.parse(["--source", "strokes", "--target", "shapes:0-5", "--dry-run",
-                            "--out", str(tmp_path)])
+    settings = parsed("--source", "strokes", "--target", "shapes:0-5", "--dry-run",
+                      "--out", tmp_path)
     domains = mtgan.load_domains(settings)
+    monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)    # shows them, trains on none
     mtgan.train_all(domains, settings)
     assert domains.test == ["shapes 4", "shapes 5"]
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
@@ -326,8 +332,9 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr(mtgan, "meta_gradient", gradient)
     monkeypatch.setattr(mtgan, "apply_gradients", apply_gradients)
     monkeypatch.setattr(mtgan, "with_mixtures", lambda images: images.flip(0))
-    out = ["--shots", "5", "--meta-steps", "4", "--meta-lr", "0.1", "--out", str(tmp_path)]
-    mtgan.meta_train(mtgan.new_players(), numbered(), mtgan.parse(out))
+    monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
+    args = parsed("--shots", 5, "--meta-steps", 4, "--meta-lr", 0.1, "--out", tmp_path)
+    mtgan.meta_train(mtgan.new_players(), numbered(), args)
     assert np.allclose(lrs, np.outer([0.1, 0.1, 0.1, 0.05], [1, 15]).ravel())
     for weights, rates in zip(moves[::2], moves[1::2]):
         assert abs(torch.cat([weights, rates]).norm() - 1) < 1e-3
@@ -395,7 +402,7 @@ def test_judging_samples():
     support, fresh, reference = torch.rand(3, 20, 784)
     judge = torch.nn.Sequential(torch.nn.Linear(784, 5), torch.nn.Linear(5, 3))
     def judged(samples):
-        return mtgan.judge_samples(samples, support, torch.cat([fresh, reference]), 0, judge)
+        return mtgan.judge_samples(samples, support, fresh, judge[0](reference), 0, judge)
     assert judged(support)["nearest"] < 1e-3 and abs(judged(fresh)["nearest"] - 1) < 1e-5
     assert judged(reference)["frechet"] < 1e-6 < judged(torch.zeros(20, 784))["frechet"]
     share = (judge(fresh).argmax(-1) == 0).double().mean()
@@ -622,7 +629,7 @@ def test_refusals(monkeypatch):
 BUILT_IN = "--source strokes:0-3 --target shapes:0-3".split()
 TINY = "--dry-run --device cpu --shots 3 --inner-steps 2".split()
 SMALL = {"GENERATOR_SIZES": (100, 24, 16, 12, 784), "DISCRIMINATOR_SIZES": (784, 12, 16, 8, 1),
-         "SAVE_SECONDS": 0, "DRY_RUN": {**mtgan.DRY_RUN, "warm_steps": 4, "judge_steps": 4}}
+         "SAVE_SECONDS": 0, "TRANSFER_STEPS": 2, "DRY_RUN": {**mtgan.DRY_RUN, "warm_steps": 4, "judge_steps": 4}}
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torchvision"])
 
@@ -839,7 +846,8 @@ def test_a_reader_who_leaves_ends_no_run(tmp_path):
 # Runs ---------------------------------------------------------------------------------------------
 def test_killed_at_any_moment_the_same_command_goes_on(finished, pictures, tmp_path):
     def times():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("state/*.pt")}
+        return {path: path.stat().st_mtime_ns for path in tmp_path.glob("state/*.pt")
+                if path.name != "progress.pt"}
     for death, seconds in [(1, 0), (3, 1e9), *12 * [(8, 0)]]:
         before = times()
         code = in_a_process(command(pictures, tmp_path), death, seconds)
@@ -903,12 +911,13 @@ def test_non_finite_updates_are_skipped_and_counted(tmp_path, capsys):
     def do_step(step):
         drawn.add(torch.rand(1).item())
         return {"skipped": mtgan.apply_gradients(optimizer, [torch.full((1, 1), values[step])])}
-    args = mtgan.parse(["--out", str(tmp_path)])
+    args = parsed("--out", tmp_path)
+    args.progress = mtgan.Progress({"stage": 1, "another": 1}, tmp_path)
     for stage in ("stage", "stage", "another"):         # the second time nothing is left to do
         mtgan.run_stage(stage, 5, do_step, [leaf], [optimizer], args)
     lines = capsys.readouterr().err.splitlines()
     assert abs(leaf.item() + 6) < 1e-4 and len(drawn) == 10     # every step has its own numbers
-    assert "stage 5/5" in lines[1] and "2 skipped" in lines[1] and "warning: stage" in lines[2]
+    assert "stage 5/5" in lines[1] and "skipped 2" in lines[1] and "warning: stage" in lines[2]
 
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
@@ -1017,7 +1026,7 @@ def test_readmes_recipe():
     assert set(names["labels"].tolist()) == {0, 1}
 
 if __name__ == "__main__":
-    kernels.keep_memory()
+    kernels.use_whole_cpu()
     if sys.argv[1:] == ["kernel"] and kernels.triton is None:
         print(kernels.why_not_triton("cpu"))
     elif sys.argv[1:] == ["kernel"]:
