@@ -12,11 +12,12 @@ import resource, shlex, shutil, signal, statistics, subprocess, sys, time, urlli
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+import filelock
 import numpy as np
 import pytest
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.autograd import grad, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -207,6 +208,15 @@ def test_recorded_steps_are_the_same(small, graphs):
             with pytest.raises(ValueError, match="shapes"):
                 function(real[:, :2], other)
 
+@pytest.mark.parametrize("small", [2], indirect=True)
+def test_every_layer_asks_for_the_chosen_backend(small, monkeypatch):
+    leaves, episode = small
+    asked, linear = [], kernels.MaskedLinear.apply
+    monkeypatch.setattr(kernels.MaskedLinear, "apply", lambda *a: asked.append(a[-1]) or linear(*a))
+    monkeypatch.setattr(kernels, "default_backend", "torch")
+    mtgan.generator(leaves[:8], episode[0][:1, :, :3])
+    assert asked == ["torch"] * 4
+
 # Networks, game, score, optimisers ----------------------------------------------------------------
 def test_losses():
     real, fake = torch.tensor([[2.0, -1.0]]), torch.tensor([[-3.0, 0.5]])
@@ -264,6 +274,15 @@ def test_apply_gradients():
     assert mtgan.apply_gradients(adam, [gradient]) == 0
     assert torch.allclose(other[1], -torch.ones(3)) and other[0].isnan().any()
 
+@patch.multiple(mtgan, GENERATOR_SIZES=(3, 6, 7), DISCRIMINATOR_SIZES=(7, 6, 1))
+def test_a_skipped_step_of_either_player_is_counted():
+    for bad in range(2):
+        players = mtgan.new_players()
+        players[bad][0].fill_(math.nan)
+        optimizers = [mtgan.adam(weights, 0.01) for weights in players]
+        numbers = mtgan.gan_step(players, optimizers, torch.rand(1, 4, 7), torch.randn(1, 5, 3))
+        assert numbers["skipped"] == 1
+
 def test_a_step_of_no_gradient_is_finite():
     p = torch.ones(2, 3, 4)
     moved, = mtgan.descend([p], torch.ones(4), [torch.zeros_like(p)], True)
@@ -298,6 +317,43 @@ def test_tasks_are_made_up_and_mixed():
                  for function in (mtgan.with_made_up, mtgan.with_mixtures))
     assert set(kept.tolist()) == {0, 1} and abs(1 - kept.mean() - mtgan.MADE_UP) < 0.1
     assert abs((own < 1).double().mean() - mtgan.MIXED) < 0.1 > abs(own[own < 1].mean() - 0.5)
+
+def test_pairs_are_drawn_from_all():
+    domains = numbered()
+    pairs = [tuple(mtgan.sample_pairs(domains, 1)) for _ in range(200)]
+    assert set(pairs) == set(domains.train)
+
+def test_made_up_domains():
+    torch.manual_seed(0)
+    drawn = mtgan.level_sets(torch.arange(400) < 200, 2).view(2, 200, 2, 28, 28)
+    frame = torch.ones(28, 28, dtype=torch.bool)
+    frame[2:-2, 2:-2] = False
+    pen, filled = drawn
+    assert drawn.min() >= -1 and drawn.max() <= 1 and pen.mean() < -0.3
+    assert pen[..., :2, :2].mean() < -0.8 and pen[..., 7:21, 7:21].mean() > pen[..., frame].mean()
+    assert filled[..., 7:21, 7:21].mean() > filled[..., frame].mean() + 0.3      # islands are high
+    inner = (drawn[:, :, 0] - drawn[:, :, 1]).abs().mean()      # of one domain, and of two
+    assert inner < 0.7 * (drawn[:, 1:, 0] - drawn[:, :-1, 0]).abs().mean()
+
+@pytest.mark.parametrize("source, target, pairs, test", [
+    ("strokes:0,1", "shapes:0,1", [("strokes 0", "shapes 0")], ["shapes 1"]),
+    ("strokes:0-3", "strokes:0-3", [("strokes 0", "strokes 1"), ("strokes 0", "strokes 2")],
+     ["strokes 3"])])
+def test_pairs_of_domains(source, target, pairs, test, offline):
+    domains = mtgan.load_domains(parsed("--source", source, "--target", target, "--shots", 3))
+    assert domains.train[:2] == pairs and domains.test == test
+    assert all(one != other for one, other in domains.train)
+
+def test_ordinary_training_has_made_up_domains_and_leaves_its_start_alone(tmp_path, monkeypatch):
+    seen, made_up = [], mtgan.with_made_up
+    monkeypatch.setattr(mtgan, "with_made_up", lambda x: seen.append(x.shape) or made_up(x))
+    monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
+    with patch.multiple(mtgan, **{k: v for k, v in SMALL.items() if k.endswith("SIZES")}):
+        start = mtgan.new_players()
+        before = mtgan.each(torch.clone, start)
+        trained = mtgan.train_gan("a", start, 2, numbered(), parsed("--out", tmp_path))
+    assert seen == [(4, 16, 784)] * 2 and distance(start.theta, before.theta) == 0
+    assert all(distance(*pair) > 0 for pair in zip(trained, start))
 
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
@@ -408,6 +464,50 @@ def test_judging_samples():
     share = (judge(fresh).argmax(-1) == 0).double().mean()
     assert abs(judged(fresh)["recognised"] - share) < 1e-9
     assert judged(fresh * math.nan)["recognised"] == 0      # of no class, not of the first
+
+def test_all_methods_are_judged_on_the_same_images(tmp_path, monkeypatch):
+    """The judge gets the right class, and no image of the support."""
+    seen, domains = {}, numbered(each=13)
+    def judge_samples(x, support, real, reference, label, judge):
+        number = lambda images: tuple(((images[:, 1] + 1) * 127.5).round().int().tolist())
+        target = ((support[0, 0] + 1) * 127.5).round().int().item()
+        assert list(domains.images)[label] == f"d {target}"
+        images = number(support), number(real), number(reference)
+        assert len(set(sum(images, ()))) == 5 + 4 + 4
+        seen.setdefault((target, images[0]), []).append(images)
+        return dict.fromkeys(mtgan.METRICS, 0.0)
+    monkeypatch.setattr(mtgan, "judge_samples", judge_samples)
+    args = parsed("--shots", 5, "--test-seeds", 2, "--out", tmp_path)
+    args.test_steps = 0, 1, 3
+    players = mtgan.new_players()
+    judge = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    rows, film = mtgan.meta_test({"a": (players, 1e-3), "b": (players, 1.0)}, judge, domains, args)
+    assert len(seen) == 4 and len(rows) == 4 * (3 + 2 * 3)
+    assert all(len(same) == 9 and len(set(same)) == 1 for same in seen.values())
+    for target, (one, other) in itertools.product(("d 6", "d 7"), [(1, 0), (3, 1)]):
+        assert not torch.equal(film[target, "a", one], film[target, "a", other])
+        assert not torch.equal(film[target, "a", one], film[target, "b", one])
+
+def test_what_needs_no_gan():
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(784, 3))[0].T
+    support = 0.1 * torch.randn(1, 9, 3) @ (torch.tensor([[3.0], [2], [1]]) * directions)
+    real, repeated, gaussian = mtgan.without_a_gan(support, support[:, :4], 2000).values()
+    assert torch.equal(real, support[:, :4]) and len(torch.unique(repeated[0], dim=0)) == 9
+    found, expected = ((x @ directions.T).std(1) for x in (gaussian, support))
+    assert torch.allclose(found, expected, rtol=0.1)
+    assert torch.allclose(gaussian.mean(1), support.mean(1), atol=0.05)
+
+def test_a_filmstrip():
+    """The support, then the steps, in the order of their numbers; its film is left as it was."""
+    film = {("t", "m", steps): torch.full((9, 784), steps / 100) for steps in (0, 1, 10)}
+    film["t", "support repeated", 0] = torch.full((9, 784), 0.9)
+    labels, kept = [], dict(film)
+    with patch.object(mtgan.ImageDraw.ImageDraw, "text", lambda s, at, text, *_: labels.append(text)):
+        strip = mtgan.filmstrip(film, Mock(test_steps=(0, 1, 10)))
+    assert labels == ["t, m", "support", "step 0", "step 1", "step 10"] and film == kept
+    grey = [strip.getpixel((184 * i + 20, 60)) for i in range(4)]
+    assert grey[0] > grey[3] > grey[2] >= grey[1] > 100
 
 # What a meta-step costs: python test_mtgan.py ----------------------------------------------------
 class Counted(TorchDispatchMode):       # counts the torch operators called
@@ -610,6 +710,24 @@ def test_compiled_kernels_do_not_spill_and_cannot_run_on_a_cpu():
         registers, shared, spilled = map(int, row.split()[-3:])
         assert 16 < registers <= 255 and 0 < shared <= 99 * 1024 and spilled == 0
 
+def test_a_gradient_of_one_operand_alone():
+    x, weight, bias, g = draw(2, 3, 5, 4)
+    for wanted in range(3):
+        inputs = [v.detach().requires_grad_(i == wanted) for i, v in enumerate((x, weight, bias))]
+        found, = grad(fused_linear(*inputs), inputs[wanted], g)
+        close([found], grad(plain(*inputs, 0.2), inputs[wanted], g), 1e-12)
+
+def test_whole_cpu_falls_back_where_products_are_rounded(monkeypatch):
+    before, mm = torch.get_float32_matmul_precision(), torch.mm
+    try:
+        kernels.use_whole_cpu()
+        assert torch.get_float32_matmul_precision() == "medium"
+        monkeypatch.setattr(torch, "mm", lambda a, b: mm(a.bfloat16(), b.bfloat16()).float())
+        kernels.use_whole_cpu()
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
 def test_refusals(monkeypatch):
     x, weight, bias, _ = operands_of(2, 3, 5, 4, "cpu")
     for change in ({"slope": -0.1}, {"slope": float("nan")}, {"slope": float("inf")},
@@ -713,9 +831,10 @@ def offline(monkeypatch):
 def test_class_lists(offline, tmp_path):
     title, classes = mtgan.load_dataset("strokes:0-3,9", "")
     assert title == "strokes" and list(classes) == list("01239")
-    for label in range(12):
+    for label in [*range(12), "cats", "cat-big", "cat 2", "cat"]:
         put_picture(tmp_path / str(label) / "picture.png")
-    assert list(mtgan.load_folder(tmp_path)) == [str(label) for label in range(12)]
+    names = [*map(str, range(12)), "cat", "cat 2", "cat-big", "cats"]
+    assert list(mtgan.load_folder(tmp_path)) == names
     assert list(mtgan.load_dataset(f"{tmp_path}:2", "")[1]) == ["2"]
 
 def put_mnist(folder, changed):
@@ -776,10 +895,14 @@ def test_what_is_left_out_of_a_folder(tmp_path, monkeypatch, capsys):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
     monkeypatch.setattr(os, "scandir", locked)
-    assert {label: len(x) for label, x in mtgan.load_folder(tmp_path).items()} == {"cat": 1}
+    os.mkfifo(cat / "pipe.png")                     # never to be waited for
+    (cat / "x.\x1b[1m").write_bytes(b"")
+    for name in ("__girl.png", "@ben.png", "$5.png"):
+        put_picture(cat / name)
+    assert {label: len(x) for label, x in mtgan.load_folder(tmp_path).items()} == {"cat": 4}
     [line] = capsys.readouterr().err.splitlines()
     for kind in (str(tmp_path), "2 unreadable .heic", "1 unreadable .txt", "1 unreadable .png",
-                 "1 too thin", "1 linked folder", "1 unreadable folder or file"):
+                 "1 too thin", "1 linked folder", "1 locked folder", "1 no file", r"1 unreadable '.\x1b"):
         assert kind in line
 
 def test_pictures_of_all_kinds(tmp_path):
@@ -790,6 +913,9 @@ def test_pictures_of_all_kinds(tmp_path):
     palette.putpalette([255, 255, 255, 0, 0, 0])
     hot = pixels.astype(np.uint16) * 4
     hot[0, 0] = 65535
+    long = PngImagePlugin.PngInfo()
+    long.add_text("story", "x" * 3_000_000)
+    soft = Image.fromarray(np.maximum(pixels, 2))       # alpha 2 of 255 around what is cut out
     turned = Image.Exif()
     turned[0x112] = 6
     for name, picture, options in [
@@ -799,13 +925,32 @@ def test_pictures_of_all_kinds(tmp_path):
             ("white-on-clear.png", Image.merge("RGBA", (white, white, white, dark)), {}),
             ("sixteen.png", Image.fromarray((255 - pixels) * np.uint16(257)), {}),
             ("hot.png", Image.fromarray(hot), {}),
+            ("broken.webp", light.convert("RGB"), {"exif": b"Exif\0\0MM", "lossless": True}),
+            ("broken.png", light, {"exif": b"MM nothing"}), ("long.png", light, {"pnginfo": long}),
+            ("edge.png", Image.merge("LA", (Image.fromarray(220 - 0 * pixels), soft)), {}),
+            ("faint.png", Image.fromarray(pixels // 8), {}),
             ("turned.jpg", dark.rotate(90, expand=True), {"exif": turned, "quality": 95})]:
-        picture.save(tmp_path / name, **options)
-        image = mtgan.read_image(tmp_path / name).reshape(28, 28)
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        picture.save(folder / name, **options)
+        image = mtgan.load_folder(folder)["(loose)"].numpy().reshape(28, 28).copy()
         ground = image.copy()
         ground[2:16, 11:17] = 0                 # the stroke, blurred
         ground[0, 7:9] = 0                      # the hot pixel
         assert image[6:12, 13:15].min() > 200 and ground.max() < 40, name
+
+def test_a_folders_ground_is_judged_once(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(20):                 # squares on a ground of medium grey
+        square = np.full((28, 28), rng.integers(117, 140), np.uint8)
+        square[8:20, 8:20] = 215
+        Image.fromarray(square).save(tmp_path / f"{i}.png")
+    images = mtgan.load_folder(tmp_path)["(loose)"].view(-1, 28, 28).int()
+    assert len({(x[14, 14] > x[0, 0]).item() for x in images}) == 1
+    for side in ("train", "test"):
+        put_picture(tmp_path / "both" / side / "a" / "x.png")
+    with pytest.raises(mtgan.UserError, match="train"):
+        mtgan.load_folder(tmp_path / "both")
 
 @pytest.mark.filterwarnings("ignore:.*decompression bomb")
 @pytest.mark.parametrize("mode, width, height, megabytes", [
@@ -883,9 +1028,10 @@ def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, 
     assert "bee'" in refused(capsys, *command(pictures, tmp_path / "new"), "--target", same)
 
 def test_two_runs_in_one_folder(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(time, "sleep", None)            # refused at once
-    with mtgan.claim(tmp_path):
+    with filelock.FileLock(tmp_path / ".lock"):
         assert "another process" in refused(capsys, *command(pictures, tmp_path))
+    monkeypatch.setattr(filelock.FileLock, "acquire", Mock(side_effect=NotImplementedError))
+    assert "no locks" in refused(capsys, *command(pictures, tmp_path))
 
 @pytest.mark.parametrize("name, text", [
     ("notes.txt", "precious"), *(("report.json", text) for text in ("precious", "{}", "[1]"))])
@@ -893,7 +1039,7 @@ def test_a_folder_of_others_is_left_alone(name, text, finished, pictures, tmp_pa
     (tmp_path / name).write_text(text)
     assert str(tmp_path) in refused(capsys, *command(pictures, tmp_path))
     adapt = ["--adapt", finished, "--target", pictures, "--out", tmp_path]
-    assert "not empty" in refused(capsys, *adapt)
+    assert str(tmp_path) in refused(capsys, *adapt)
     assert contents(tmp_path) == {tmp_path / name: text.encode()}
 
 @pytest.mark.parametrize("room", [100, 30_000])         # none for the report, none for a state
@@ -904,6 +1050,73 @@ def test_a_full_disk(room, pictures, tmp_path, capsys):
             refused(capsys, *command(pictures, tmp_path))
         assert kept.items() <= contents(tmp_path).items()
         assert program(*command(pictures, tmp_path)) == 0
+
+class Waits(TorchDispatchMode):     # counts where Python asks for the value of a tensor
+    calls = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+def test_nothing_waits_for_the_device_between_two_prints(tmp_path, offline, monkeypatch):
+    """What is counted does not grow with the number of steps."""
+    monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
+    def waits(steps):
+        args = parsed(*BUILT_IN, "--dry-run", "--meta-steps", steps, "--shots", 3, "--inner-steps",
+                      2, "--out", tmp_path / str(steps))
+        with patch.multiple(mtgan, **SMALL | {"SAVE_SECONDS": 1e9}):
+            domains, players = mtgan.load_domains(args), mtgan.new_players()
+            with Waits() as counted:
+                mtgan.train_gan("a", players, steps, domains, args)
+                mtgan.meta_train(players, domains, args)
+        return counted.calls
+    assert 0 < waits(3) == waits(9)
+
+def test_two_processes(tmp_path, pictures):
+    """torchrun: the mean of both gradients, the same weights in both; goes on after a kill."""
+    code = """
+import sys, torch, mtgan, test_mtgan
+from unittest.mock import patch
+save, average, states = mtgan.save, mtgan.average_of_processes, []
+def average_and_check(gradients):
+    mean = average([g.clone() for g in gradients])
+    both = [[torch.empty_like(g) for _ in range(2)] for g in mean]
+    for g, own in zip(gradients, both):
+        torch.distributed.all_gather(own, g.contiguous())
+    assert all(torch.allclose((a + b) / 2, m) for (a, b), m in zip(both, mean))
+    assert any((a != b).any() for a, b in both)
+    return mean
+def apply_and_check(optimizer, gradients, apply=mtgan.apply_gradients):
+    skipped = apply(optimizer, gradients)
+    if gradients[0].shape[0] == 1 and not states:
+        for p in optimizer.param_groups[0]["params"]:
+            own = p.clone()
+            torch.distributed.broadcast(own, 0)
+            assert torch.equal(own, p)
+    return skipped
+def save_or_die(path, content):
+    save(path, content)
+    if path.name == "transfer.pt" and content[0] == 3 and "die" in sys.argv:
+        import os; os._exit(1)
+    states.append(path) if path.name == "judge.pt" else None
+with patch.multiple(mtgan, **test_mtgan.SMALL, save=save_or_die, draw_progress=lambda *_: None,
+                    average_of_processes=average_and_check, apply_gradients=apply_and_check):
+    sys.exit(mtgan.main([word for word in sys.argv[1:] if word != "die"]))
+"""
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    def torchrun(processes, *more):
+        line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes,
+                "--master-port", 29517, script, *command(pictures, tmp_path / "out"), *more]
+        paths = {"PYTHONPATH": str(Path(mtgan.__file__).parent), "TRITON_INTERPRET": "0"}
+        return subprocess.run([str(word) for word in line], env=os.environ | paths,
+                              capture_output=True, text=True)
+    died = torchrun(2, "die")
+    assert died.returncode != 0 and (tmp_path / "out" / "mtgan.pt").exists(), died.stderr
+    refused_line = torchrun(1)
+    assert refused_line.returncode != 0 and "processes (2, not 1)" in refused_line.stderr
+    finished = torchrun(2)
+    assert finished.returncode == 0, finished.stderr
+    assert report_of(tmp_path / "out")["rows"] and finished.stdout.count("report.json") == 1
 
 def test_non_finite_updates_are_skipped_and_counted(tmp_path, capsys):
     leaf, drawn, values = torch.zeros(1, 1), set(), [1.0, math.nan, 1.0, math.inf, 1.0]
@@ -936,22 +1149,47 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     path.write_text(json.dumps({"settings": report["settings"]}))           # unfinished
     assert str(tmp_path) in refused(capsys, "--tables", tmp_path)
 
-def test_deployment(finished, pictures, tmp_path, capsys):
+def test_deployment(finished, pictures, tmp_path, monkeypatch, capsys):
     mine, alone = tmp_path / "mine", tmp_path / "renamed.pt"
     shutil.copytree(pictures / "cat", mine / "cat")
     shutil.copy(finished / "mtgan.pt", alone)                   # all that is needed
     adapt, out = ["--adapt", alone, "--target", mine, "--steps", 3], mine / "cat" / "out"
-    assert program(*adapt, "--samples", 5, "--out", out) == 0
-    samples = [out / f"sample-{number:03}.png" for number in range(5)]
-    assert sorted(contents(out)) == [*samples, out / "samples.png"]
-    kept = contents(tmp_path)
+    steps, gan_step = [], mtgan.gan_step
+    monkeypatch.setattr(mtgan, "gan_step", lambda *a: steps.append(1) or gan_step(*a))
+    for place in (out, tmp_path / "again", tmp_path / "again"):     # the same bits, three times
+        assert program(*adapt, "--samples", 5, "--out", place) == 0
+    assert len(steps) == 3 * (3 - 2)                            # after the learned ones
+    line = capsys.readouterr().out.split("\n\n")[-1]
+    made = {path.name: content for path, content in contents(out).items()}
+    again = {path.name: content for path, content in contents(tmp_path / "again").items()}
+    samples = [f"sample-{number:03}.png" for number in range(5)]
+    drawn = [*samples, "samples.png", "nearest.png", "interpolation.gif", "adapted.pt"]
+    assert {*made} == {*drawn, "report.json", "log.jsonl"}
+    assert all(made[name] == again[name] for name in drawn)
+    assert "8 of 8 pictures" in line and all(name in line for name in drawn[5:])
+    theta = torch.load(out / "adapted.pt", weights_only=True)
+    with patch.multiple(mtgan, **SMALL):
+        assert mtgan.generator(theta, mtgan.noise(1, 2)).shape == (1, 2, 784)
+    with Image.open(out / "samples.png") as sheet:              # eight of the user's, then five
+        sheet = np.asarray(sheet)
+    assert sheet.shape == (3 * (2 * 29 + 1), 3 * (8 * 29 + 1)) and sheet[:88].std() > 20
     capsys.readouterr()
     assert len(torch.cat(list(mtgan.load_folder(mine).values()))) == 8
-    assert "6 drawn by mtgan.py" in capsys.readouterr().err
-    for folder in (out, finished):
-        assert "not empty" in refused(capsys, *adapt, "--out", folder)
-    line = refused(capsys, *adapt, "--shots", 9)
-    assert "8 images, and needs 9" in line and contents(tmp_path) == kept
+    assert "8 drawn by mtgan.py" in capsys.readouterr().err
+    assert "other steps (3, not 4)" in refused(capsys, *adapt[:-1], 4, "--samples", 5, "--out", out)
+    assert "8 images, and needs 9" in refused(capsys, *adapt, "--shots", 9)
+    assert {path.name: content for path, content in contents(out).items()} == made
+
+def test_the_second_g_draws_the_samples(tmp_path, pictures, finished, monkeypatch):
+    def few_shot(support, start):
+        while True:
+            yield [torch.stack([-9 + 0 * p, 9 + 0 * p]) for p in map(torch.squeeze, start.theta)]
+    monkeypatch.setattr(mtgan, "few_shot", few_shot)
+    monkeypatch.setattr(mtgan, "translate", lambda theta, images: images)
+    sides = ["--source", pictures / "ant", "--target", pictures / "bee"]
+    assert program("--adapt", finished, *sides, "--steps", 2, "--out", tmp_path) == 0
+    with Image.open(tmp_path / "sample-000.png") as image:
+        assert np.asarray(image)[1:-1, 1:-1].min() == 255
 
 def test_an_mtgan_pt_that_is_none(finished, pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
