@@ -348,7 +348,7 @@ def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
     numbers of a step follow from seed, stage and step (and process, if there are several).
     preview, if given, is called after each save.
     """
-    path, first, skipped, mean = Path(args.out, "state", f"{stage}.pt"), 0, 0, {}
+    path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
         first, skipped, values, states = load(path)
         torch._foreach_copy_(tensors, values)
@@ -359,11 +359,8 @@ def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
         reseed(args.seed, stage, step, *([RANK] if RANK else []))
         numbers = dict(do_step(step))  # a copy: a recorded step returns the same dict again
         skipped = skipped + numbers.pop("skipped", 0)
-        for name, value in numbers.items():  # a running mean over about 50 steps
-            mean[name] = torch.lerp(mean.get(name, value), value, 0.02)
         done = step + 1
-        numbers |= {f"mean {name}": value for name, value in mean.items()}
-        args.progress.show(stage, done, steps, {**numbers, "skipped": skipped})
+        args.progress.show(stage, done, steps, numbers, {"skipped": skipped})
         if RANK == 0 and (done == steps or time.monotonic() - saved > SAVE_SECONDS):
             states = [optimizer.state_dict() for optimizer in optimizers]
             save(path, (done, int(skipped), tensors, states))
@@ -580,7 +577,7 @@ def judge_samples(x, support, real, reference, label, judge):
     return {"frechet": frechet_distance(features, reference),
             "recognised": recognised.double().mean().item(),
             "variety": (spread(features) / spread(reference)).item(),
-            "nearest": (to_support(x) / to_support(real).clamp(min=1e-9)).item()}
+            "nearest": (to_support(x) / to_support(real)).item()}  # not finite if all are copies
 
 def meta_test(methods, judge, domains, args):
     """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets.
@@ -604,11 +601,11 @@ def meta_test(methods, judge, domains, args):
         for i, target in enumerate(domains.test):
             label, features = names.index(target), judge[0](reference[i])
             for name, steps, x in drawn:
-                row = {"method": name, "seed": seed, "steps": steps, "target": target}
+                row = {"method": name, "seed": seed, "steps": steps, "target": target, "n": n}
                 rows.append(row | judge_samples(x[i], support[i], real[i], features, label, judge))
                 film.setdefault((target, name, steps), x[i, :9].clone())
         save(path, (number, rows, film))
-        args.progress.show("test", number, len(tests), {})
+        args.progress.show("test", number, len(tests))
     return rows, film
 
 def print_tables(folders):
@@ -620,6 +617,9 @@ def print_tables(folders):
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
     say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
+    if rows[0]["n"] < 50:
+        say(f"Only {rows[0]['n']} images of a class are compared. Fréchet distances of so few are "
+            "noise: see how far real images are from others of their class")
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
         for method in dict.fromkeys(row["method"] for row in rows):
@@ -633,7 +633,7 @@ def print_tables(folders):
 def interval(values):
     """'mean ± two standard errors', about the 95 % interval of independent values."""
     if not np.isfinite(values).all():
-        return "inf"
+        return "-"
     mean, two = np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
@@ -689,7 +689,8 @@ def load_domains(args):
             names = [f"{title} {label}" for label in classes]
             for name, content in zip(names, classes.values()):
                 require(len(content) >= args.shots + 4,  # a test compares 2 with 2
-                        f"'{name}' has too few images for --shots {args.shots}")
+                        f"'{name}' has {len(content)} images: they allow --shots "
+                        f"{len(content) - 4} or less, not {args.shots}")
                 same = name not in images or torch.equal(images[name], content)
                 require(same, f"two classes are called '{name}'")
                 images[name] = content
@@ -732,13 +733,21 @@ def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or downloaded: {class: uint8 [n, 784]}"""
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     socket.setdefaulttimeout(20)
+    def parts_of(download):
+        return [kind(data_dir, train, download=download) for train in (True, False)]
     try:
-        parts = [kind(data_dir, train, download=True) for train in (True, False)]
+        if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir):
+            os.makedirs(data_dir, exist_ok=True)
+            with filelock.FileLock(Path(data_dir, ".lock")):  # one run downloads, others wait
+                parts = parts_of(download=True)
+        else:
+            parts = parts_of(download=False)
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). To "
-                        "try the program without data, take strokes and shapes") from None
+        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). They "
+                        f"belong into {Path(data_dir, kind.__name__, 'raw')}. To try the program "
+                        "without data, take strokes and shapes") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -905,39 +914,47 @@ def average_of_processes(gradients):
 
 class Progress:
     """Says how far a run is: on a terminal in a line that is rewritten, elsewhere in a line every
-    30 s. The numbers of these lines go to log.jsonl, too."""
+    30 s. log.jsonl gets the numbers of these lines."""
 
-    def __init__(self, costs, out=None):
-        self.costs, self.out = costs, out  # {stage: about as long as so many ordinary GAN steps}
+    def __init__(self, costs, out):
+        self.costs, self.out = costs, out  # {stage: about so long as this many GAN steps}
         self.began, self.shown, self.logged = time.monotonic(), -math.inf, -math.inf
-        self.first, self.line, self.planned = None, "", False
+        self.first, self.means, self.width, self.planned = None, {}, 0, False
 
-    def show(self, stage, done, steps, numbers):
-        now, stages = time.monotonic(), list(self.costs)
-        position = sum(self.costs[name] for name in stages[:stages.index(stage)])
-        end = position + self.costs[stage]
-        position += self.costs[stage] * done / steps
-        self.first = self.first or position - self.costs[stage] / steps  # where this run went on
-        pace = (now - self.began) / (position - self.first)
+    def show(self, stage, done, steps, numbers=None, counts=None):
+        """numbers: {name: scalar tensor}, shown beside their means over about 50 steps. Nothing
+        waits for a GPU, unless it is time for a line."""
+        for name, value in (numbers or {}).items():
+            key = f"mean {name}"
+            self.means[key] = torch.lerp(self.means.get(key, value), value, 0.02)
+        now, names = time.monotonic(), list(self.costs)
+        end = sum(self.costs[name] for name in names[:names.index(stage) + 1])
+        position = end - self.costs[stage] * (1 - done / steps)
+        if self.first is None:  # where this run begins or goes on
+            self.first = position - self.costs[stage] / steps
         log = done == steps or now - self.logged >= SAVE_SECONDS
-        if RANK or not (log or sys.stderr.isatty() and now - self.shown > 0.3):
+        terminal = sys.stderr.isatty()
+        if RANK or not log and (not terminal or now - self.shown < 0.3):
             return
+        pace = (now - self.began) / (position - self.first)
         if not self.planned and now - self.began > SAVE_SECONDS:
             self.planned = True
             minutes = (f"{name} {cost * pace / 60:.1f}" for name, cost in self.costs.items())
             say(f"expected minutes: {', '.join(minutes)}", sys.stderr)
-        numbers = {name: float(f"{float(value):.3g}") for name, value in numbers.items()}
-        left = [round(pace * (where - position)) for where in (end, sum(self.costs.values()))]
-        line = f"{stage} {done}/{steps}, {left[0]} s left, {left[1]} s of the run"
-        line += "".join(f", {name} {value:g}" for name, value in numbers.items())
-        say(("\r" if sys.stderr.isatty() else "") + line.ljust(len(self.line)), sys.stderr,
-            "\n" if log or not sys.stderr.isatty() else "")
-        self.line, self.shown = line, now
+        row = {**(numbers or {}), **self.means, **(counts or {})}
+        row = {name: float(f"{float(value):.3g}") for name, value in row.items()}
+        rest = pace * (end - position), pace * (sum(self.costs.values()) - position)
+        line = f"{stage} {done}/{steps}, {rest[0]:.0f} s left, of the run {rest[1]:.0f} s"
+        line += "".join(f", {name} {value:g}" for name, value in row.items())
+        start, stop = ("\r", "\n" if log else "") if terminal else ("", "\n")
+        say(start + line.ljust(self.width), sys.stderr, stop)
+        self.shown, self.width = now, 0 if log else len(line)
         if log:
-            self.logged, self.line = now, ""
+            self.logged = now
             with open(Path(self.out, "log.jsonl"), "a") as file:
-                row = {"stage": stage, "step": done, "of": steps, **numbers}
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps({"stage": stage, "step": done, "of": steps, **row}) + "\n")
+        if done == steps:
+            self.means = {}
 
 def hash_of(parts):
     """A short hash of strings or tensors."""
@@ -1070,6 +1087,8 @@ def parse(argv):
         require(name in used, f"{flag} is of no use here")
         fine = value > 0 if isinstance(value, (int, float)) else True
         require(fine or value == 0 and name in ("seed", "warm_steps"), f"{flag} is too small")
+        require(not fine or value is True or not isinstance(value, (int, float)) or value < 2 ** 31,
+                f"{flag} is too large")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
         args.source = args.source if "source" in given else []
@@ -1150,7 +1169,7 @@ def deploy(args):
         support = torch.stack([sample(images, shots) for images in sets])  # [1 or 2, shots, 784]
         for step, theta in zip(range(args.steps + 1), few_shot(support, start)):
             if step:
-                args.progress.show("adapting", step, args.steps, {})
+                args.progress.show("adapting", step, args.steps)
         theta_t, z = [p[-1:] for p in theta], noise(1, args.samples)
         samples = generator(theta_t, z)[0]  # of the target
         require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
@@ -1190,7 +1209,9 @@ def main(argv=None):
             return 0
         join_processes(args)
         try:
-            if args.device != "cpu":  # a default device slows every call, by a tenth on a CPU
+            if torch.device(args.device).type == "cpu":
+                args.device = "cpu"  # not cpu:0, which torch.load does not know
+            else:  # not on a CPU, where a default device makes a step take a tenth longer
                 torch.set_default_device(args.device)
             torch.ones(1).double().item()
         except Exception:
@@ -1205,10 +1226,13 @@ def main(argv=None):
             run(args)
         else:
             deploy(args)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
-        say(f"mtgan.py: error: {' '.join(str(error).split())}", sys.stderr)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise  # a fault of ours
+        say(f"mtgan.py: error: {' '.join(str(error).split()) or 'out of memory'}", sys.stderr)
         return 2
-    except KeyboardInterrupt:  # the same command goes on
+    except KeyboardInterrupt:
+        say("\nstopped: the same command goes on from here", sys.stderr)
         return 130
     return 0
 

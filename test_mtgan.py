@@ -971,7 +971,9 @@ def test_large_pictures_take_little(mode, width, height, megabytes, tmp_path):
     ("--seed", "--tables run --seed 1"), ("--steps", "--steps 3"), ("--samples", "--samples 3"),
     *((f"'{spec}'", f"--source {spec}") for spec in (
         "nowhere", "strokes:3-", "strokes:-3", "strokes:5-3", "strokes:0-10", "strokes:0,99")),
-    ("--shots", "--shots 0"), ("--inner-lr", "--inner-lr nan"), ("--shots", "--shots 6"),
+    ("--samples", "--adapt run --target shapes --samples 100000000000000000000"),
+    ("--shots 5 or less", "--shots 6"), ("is a file", "--source /dev/../proc/self/status"),
+    ("--shots", "--shots 0"), ("--inner-lr", "--inner-lr nan"),
     ("warp", "--device warp"), ("too few classes", "--source strokes:0 --target strokes:0"),
     ("too long", f"--out {300 * 'x'}"), ("/dev/null", "--out /dev/null/out")])
 def test_a_wrong_command_is_one_line(message, line, tmp_path, offline, monkeypatch, capsys):
