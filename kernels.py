@@ -16,7 +16,7 @@ Let g be the gradient that arrives at MaskedLinear. By the chain rule, the gradi
     of x:        (m * g) W             = MaskedProduct(g, W; y)
     of W and b:  (m * g)ᵀ x, Σ m * g   = MaskedProduct(gᵀ, x; yᵀ)
 
-Let u and v be the gradients that arrive at the two results of MaskedProduct. Then they are
+Let u and v be the gradients that arrive at the two results of MaskedProduct. Then those are
 
     of g:        m * (u Wᵀ + v)        = MaskedLinear(W, u, v; yᵀ)ᵀ
     of W:        (m * g)ᵀ u            = MaskedProduct(gᵀ, u; yᵀ)
@@ -50,10 +50,10 @@ except ImportError:  # Triton has no release for macOS and Windows
 #         tile of out = mask(acc)
 #
 # An `if` on a tl.constexpr or on None is decided when the kernel is compiled. Triton would compile
-# it anew, too, for each class of sizes and strides (1, multiples of 16, others). That is switched
-# off (do_not_specialize). What the compiler must know to copy four numbers at once is said by two
-# constants: along which axis a matrix is contiguous, and UNIT, which is 4 if all sizes and strides
-# are multiples of 4, else 1. The numbers arrive divided by UNIT and are multiplied by it inside.
+# it anew for each class of sizes and strides (1, multiples of 16, others), 56 times in a default
+# run. `do_not_specialize` switches that off. But a GPU copies four numbers at once only where the
+# compiler knows that a stride is a multiple of 4. So a stride of 512 is passed as 128, and
+# multiplied by the constant UNIT = 4 inside; where one stride is no multiple of 4, UNIT is 1.
 if triton is not None:
     @triton.jit
     def load_tile(matrix, pitch, rows, columns, height, width, T: tl.constexpr):
@@ -120,8 +120,9 @@ if triton is not None:
 
 
 def layout(v):
-    """Of matrices [T, R, C]: whether they are stored by columns, and the strides of tasks and of
-    rows or columns. None where memory is contiguous along neither axis."""
+    """Of matrices [T, R, C]: whether they are stored by columns, the stride of tasks, and that of
+    rows (or columns). Contiguous ones have (False, R * C, C), their transposes (True, R * C, C).
+    None where memory is contiguous along neither axis."""
     (batch, row, column), (_, R, C) = v.stride(), v.shape
     if column == 1 or C == 1 and row != 1:
         return (False, batch, row) if column == 1 else None
@@ -167,8 +168,8 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     large = single and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= 128
     tile_m, tile_n, tile_k, warps = (64, 64, 32, 4) if large else (16, 32, 64, 2)
     with torch.cuda.device_of(a):  # Triton launches on the current GPU
-        # A float32 is the sum of two TF32 numbers, which a GPU's matrix units take. Three
-        # products of those are faster than one of float32, and no less exact.
+        # A float32 is nearly the sum of two TF32 numbers, which a GPU's matrix units take. Three
+        # products of those were faster than one of float32, and had no larger errors.
         split = single and torch.version.hip is None and torch.cuda.is_tf32_supported()
         product_kernel[T, triton.cdiv(M, tile_m), triton.cdiv(N, tile_n)](
             a, b, y, bias, out, sums, *(stride // unit for stride in strides),
@@ -281,9 +282,9 @@ class Recorded:
     (of the same shapes, or ValueError is raised). It overwrites the results of the call before.
     On a CPU, a call just calls the function.
 
-    The function may draw random numbers, and change tensors in place as optimisers do. But inputs
-    of nan must leave these as they are: with such inputs it is called once before it is recorded,
-    to compile kernels. What else it uses, as the backend, stays as it was when recorded.
+    Before it is recorded, the function is called once on inputs of nan, to compile kernels. It may
+    draw random numbers and change tensors in place, as optimisers do, but not on such inputs. What
+    else it uses, such as the backend, stays as it was when recorded.
     """
 
     def __init__(self, function):

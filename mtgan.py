@@ -16,9 +16,9 @@ The words of this file:
     shots        how many images are given
     support      these images
     query        other images of the domain, which only score what was learned
-    pair         a source domain and a target domain, which are two tasks; training treats both
-                 alike, and what is tested are targets that were held out
-    episode      the tasks of one pair (or of --meta-batch pairs), learned side by side
+    pair         two domains, one of --source and one of --target; in training they are simply
+                 two tasks, while tests use only target domains that training never saw
+    episode      the tasks of one pair (or of --meta-batch pairs), as one batch of T tasks
     inner step   a step of D and a step of G on the support of a task
     start        what every task starts from: theta, phi and the inner steps' learning rates
     outer step   a step of the start, after an episode
@@ -36,14 +36,15 @@ The whole algorithm, in the names of the functions below:
         score = energy_distance(generator(theta_k, z), query)
         maml = d score / d (theta, phi, log rates)  # through all inner steps
         reptile = (theta, phi) - mean of the tasks' (theta_k, phi_k)
-        (theta, phi, log rates) -= Adam of maml/|maml| + reptile/|reptile|
+        direction = maml/|maml| + reptile/|reptile|
+        (theta, phi, log rates) -= Adam of direction/|direction|
 
 MAML asks how the start should change so that the score *after* the inner steps gets better. Each
 inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
-the start towards the weights at which the inner steps arrived. Each gets length one, because
-their lengths have nothing in common.
+the start towards the weights at which the inner steps arrived. Each is scaled to length one,
+because their lengths cannot be compared.
 """
-import argparse, ast, contextlib, hashlib, io, itertools, json, math, os, random, re, socket
+import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re, socket
 import sys, time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: idle threads spin for a short while only, as others need the CPU, too.
+# Before torch is imported: threads that wait leave the CPU to others earlier.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import filelock
 import numpy as np
@@ -93,7 +94,7 @@ class Start(NamedTuple):
     """What meta-training learns. All tasks share the weights, so T = 1."""
     theta: list
     phi: list
-    log_rates: torch.Tensor  # [inner steps, 2, layers], of G and D; a logarithm cannot change sign
+    log_rates: torch.Tensor  # [inner steps, 2 (G, D), layers]; as logs, so that rates stay > 0
 
 def new_players():
     """Random `Players` with T = 1."""
@@ -136,17 +137,17 @@ def loss_d(real_logits, fake_logits):
 def loss_g(fake_logits, fake, real):
     """G's loss of drawn images [T, n, 784], their logits, and real images [T, B, 784]  # [T]
 
-    It is high where D is right (non-saturating: Goodfellow et al. 2014, arXiv 1406.2661). But D
-    sees one image at a time, and not that all are alike. The distance, which compares the set of
-    drawn images with the set of real ones, does."""
+    It is high where D is right (non-saturating: Goodfellow et al. 2014, arXiv 1406.2661). D
+    judges images one by one, so it cannot notice that they are all the same. The distance can: it
+    compares the set of drawn images with the set of real ones."""
     return F.softplus(-fake_logits).mean(-1) + ENERGY * energy_distance(fake, real)
 
 def energy_distance(x, y):
     """2 E|x - y| - E|x - x'| - E|y - y'| of images x [T, n, 784] and y [T, m, 784]  # [T]
 
-    On average it is 0 if x and y have one distribution, and else more (for GANs: Bellemare et al.
-    2017, arXiv 1705.10743). It is the score, too. D's loss cannot be: the outer step, which
-    changes D, would lower it by making D bad."""
+    On average it is 0 if x and y come from the same distribution, and positive otherwise (for
+    GANs: Bellemare et al. 2017, arXiv 1705.10743). It is the score, too. D's loss cannot be the
+    score, because the outer step could then win by making D worse."""
     def distances(a, b):  # from |a - b|^2 = |a|^2 + |b|^2 - 2 a b  # [T, n, m]
         squares = a.square().sum(-1, keepdim=True) + b.square().sum(-1).unsqueeze(1)
         squares = torch.baddbmm(squares, a, b.mT, alpha=-2)
@@ -166,17 +167,17 @@ def inner_step(theta, phi, rates, real, second_order=True):
     (Antoniou et al. 2019, arXiv 1810.09502). real: images [T, B, 784]. Without second_order the
     gradients become constants.
 
-    An inner gradient is *partial*. In the second step, for example, phi reaches D's loss in two
-    ways: directly, and by phi -> theta -> fake, because the first step of G was taken against
-    this phi. D plays against given images, so its step must not see the second way. The outer
-    gradient must see both. `grad(f)(phi)` of torch.func does just that: it differentiates f by
-    its argument and holds all else constant, but in this derivative only. torch.autograd.grad
-    would follow both ways, and fake.detach() would hide the second from the outer gradient, too.
+    An inner gradient is *partial*. In the second step, `fake` depends on phi, because G's first
+    step was taken against this phi. D takes `fake` as given, so its own gradient must ignore this
+    dependence. But the outer gradient, which is computed later, must follow it.
+        torch.func.grad(f)(phi)   ignores it now and keeps it for later, as it should
+        torch.autograd.grad       would follow it already now
+        fake.detach()             would lose it for both
     Neither mistake raises an error.
     """
     rates_g, rates_d = rates
     z = noise(len(real), FAKES)
-    # G draws once for both players. `pull_back` later turns a gradient of images into theta's.
+    # G draws once, for both players. pull_back will turn d loss / d fake into d loss / d theta.
     fake, pull_back = vjp(lambda theta: generator(theta, z), theta)  # [T, FAKES, 784]
 
     def game_d(phi):
@@ -204,18 +205,18 @@ def descend(parameters, rates, gradients, second_order):
 
 # 4  Outer loop: the start learns ------------------------------------------------------
 def meta_gradient(start, support, query, algorithm):
-    """Score of an episode, and what to step against: tensors like [*theta, *phi, log_rates].
+    """Score of an episode, and the direction to subtract, like [*theta, *phi, log_rates].
     The images of T tasks: support [T, shots, 784], query [T, queries, 784].
 
     maml     the score's gradient through all inner steps (Finn et al. 2017, arXiv 1703.03400)
-    fomaml   the same with inner gradients as constants, to first order (same paper). The part
-             of phi is then 0, since the score sees theta alone
+    fomaml   the same without gradients of gradients: first order (same paper). Then phi learns
+             nothing, because the score uses G alone
     reptile  start - mean of the adapted weights (Nichol et al. 2018, arXiv 1803.02999)
     both     maml/|maml| + reptile/|reptile|
     """
     tasks, queries, _ = query.shape
     shared, log_rates = each(differentiable, start), differentiable(start.log_rates)
-    # A copy for every task. Backwards, autograd adds up the gradients of these copies.
+    # A copy for every task. Autograd sums the gradients of these copies.
     theta, phi = each(lambda p: p.expand(tasks, *p.shape[1:]), shared)
     for rates in log_rates.exp():
         theta, phi = inner_step(theta, phi, rates, support, algorithm in ("maml", "both"))
@@ -249,8 +250,8 @@ QUERIES = 64  # images that score a generator
 # its support can tell what it looks like. These shares were found by search:
 MADE_UP = 0.7  # of tasks that get a made-up domain
 MIXED = 0.3  # of tasks that take half of their images from another, as users' folders may
-PEN = 0.3  # of made-up domains that are drawn with a pen
-FILLED = 0.57  # of the others that fill the frame
+PEN = 0.3  # of made-up domains that are outlines, as if drawn with a pen
+FILLED = 0.57  # of the others that fill the frame, as a pullover does
 
 class Domains(NamedTuple):
     """All images of a run, and what to train and to test on."""
@@ -284,8 +285,8 @@ def with_made_up(images):
     return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, made_up, images)
 
 def with_mixtures(images):
-    """Images [T, n, 784], where some tasks lend half of theirs, given and queried, from another:
-    task t from task T - 1 - t, which in an episode of one pair is the other domain."""
+    """Images [T, n, 784]. In some tasks half of them, in support and query alike, are taken from
+    another task: its mirror T - 1 - t, which with one pair is the other domain."""
     tasks, n, _ = images.shape
     replaced = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(replaced, images.flip(0), images)
@@ -293,9 +294,9 @@ def with_mixtures(images):
 def level_sets(pen, n):
     """n images of each made-up domain; pen: bool [T]  # [T, n, 784]
 
-    A domain is a smooth random landscape, and each of its images raises or lowers that a little.
-    Bright is what lies above the water or, with a pen, the shore. The numbers were chosen by eye:
-    different domains should differ more than two images of one.
+    A domain is a random height map, to which each of its images adds a small random change.
+    Pixels above zero are bright or, with a pen, only those near zero, which gives an outline. The
+    numbers were chosen by eye: two domains should differ more than two images of one.
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
 
@@ -306,22 +307,22 @@ def level_sets(pen, n):
         grid = torch.randn(tasks, many, cells, cells)
         return F.interpolate(grid, (28, 28), mode="bicubic", align_corners=True)
 
-    landscape = smooth(1, 6) + 0.5 * smooth(1, 4)
-    height = landscape + uniform(0.1, 0.5) * smooth(n, 5)  # [T, n, 28, 28]
+    domain = smooth(1, 6) + 0.5 * smooth(1, 4)
+    height = domain + uniform(0.1, 0.5) * smooth(n, 5)  # [T, n, 28, 28]
 
-    # Most domains are islands: high in the middle, under water along the frame.
+    # Those that do not fill the frame are islands: high in the middle, below zero at the frame.
     line = torch.linspace(-1, 1, 28)
     island = uniform(1, 1.6) - 2.2 * (line ** 2 + line.view(28, 1) ** 2)
     filled = (uniform(0, 1) < FILLED) & ~pen
     height = torch.where(filled, height, height + island)
 
-    # Height divided by steepness is about the distance to the shore, in pixels.
+    # Height divided by steepness is about the distance to the zero line, in pixels.
     steepness = torch.hypot(*torch.gradient(height, dim=(-2, -1)))
-    to_shore = height / (steepness + 0.05)
-    inside = torch.where(pen, uniform(0.8, 2) - to_shore.abs(), to_shore)
+    to_line = height / (steepness + 0.05)
+    inside = torch.where(pen, uniform(0.8, 2) - to_line.abs(), to_line)
     cover = (2 * inside).sigmoid()  # soft edges
 
-    # The other islands have grey, uneven surfaces.
+    # Islands that are not drawn with a pen have grey, uneven surfaces.
     light = torch.where(pen | filled, 1, uniform(0.4, 1) * (1 + 0.35 * smooth(n, 4)))
     return (cover * light).clamp(0, 1).flatten(2) * 2 - 1
 
@@ -338,7 +339,8 @@ def reseed(*key):
     torch.manual_seed(random.getrandbits(32))
 
 def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
-    """Call do_step(0), ..., do_step(steps - 1), saving every 30 s and at the end.
+    """Call do_step(0), ..., do_step(steps - 1), saving every 30 s and at the end. (Bookkeeping;
+    the three users below are the training.)
 
     do_step changes the tensors in place and returns numbers to print, as {name: value}. One may
     be "skipped": how many updates it left out, because a gradient was not finite.
@@ -376,8 +378,9 @@ def adam(tensors, lr):
     return torch.optim.Adam(tensors, lr, betas=(0.5, 0.999), fused=True, capturable=True)
 
 def apply_gradients(optimizer, gradients):
-    """A step of the optimizer with gradients [T, ...]. It is skipped if no task has finite ones;
-    if one task does, a bad task must not stop it. Returns 1 if it was skipped, else 0  # []"""
+    """A step of the optimizer with gradients [T, ...], skipped if every task has an inf or nan.
+    (In training T is 1. In tests one bad task spoils its own weights, and the others go on.)
+    Returns 1 if it was skipped, else 0  # []"""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])  # [tensors, T]
     some_task_is_fine = norms.isfinite().all(0).any()
     optimizer.found_inf = 1 - some_task_is_fine.float()  # fused Adam then skips, on the device
@@ -407,7 +410,7 @@ def train_gan(stage, players, steps, domains, args):
     """Ordinary GAN training on four domains a step, most of them made up. Returns `Players`."""
     players = each(torch.clone, players)
     optimizers = [adam(weights, GAN_LR) for weights in players]
-    # On a GPU it becomes a CUDA graph.
+    # On a CPU, Recorded changes nothing. On a GPU the step becomes a CUDA graph.
     step_on = Recorded(partial(gan_step, players, optimizers, average=average_of_processes))
 
     def do_step(_):
@@ -424,15 +427,15 @@ def meta_train(warm, domains, args):
     layers = len(warm.theta) // 2
     start = Start(*each(torch.clone, warm), rates.log().repeat(args.inner_steps, 1, layers))
     weights = [*start.theta, *start.phi]
-    lrs = torch.zeros(2).unbind()  # tensors: a recorded step would keep a number for ever
+    lrs = torch.zeros(2).unbind()  # tensors, because a CUDA graph freezes plain numbers
     optimizers = [adam(weights, lrs[0]), adam([start.log_rates], lrs[1])]
     n = min(args.shots + QUERIES, domains.fewest)
 
     def outer_step(support, query):
         score, direction = meta_gradient(start, support, query, args.algorithm)
         direction = average_of_processes(direction)
-        # No episode outweighs another. Twice, because the first makes an inf to nan in its place
-        # alone, the second spreads a nan to all: then weights and rates are skipped together.
+        # Length one: every episode counts the same. Twice on purpose: if one number is inf, the
+        # first turns it into nan and the second turns all into nan, so that both optimizers skip.
         direction = unit(unit(direction))
         skipped = apply_gradients(optimizers[0], direction[:-1])
         apply_gradients(optimizers[1], direction[-1:])
@@ -498,7 +501,8 @@ def draw_progress(stage, start, domains, args):
     reseed(args.seed, "progress")
     support = sample_images(domains, domains.test, args.shots)
     theta = next(itertools.islice(few_shot(support, start), 10, None))
-    rows |= {"support": support[:, :8], stage: generator(theta, noise(len(support), 8))}
+    rows |= {"support": support[:, torch.arange(8) % args.shots],
+             stage: generator(theta, noise(len(support), 8))}
     save(path, rows)
     images = torch.cat([row.flatten(0, 1) for row in rows.values()])
     save(Path(args.out, "progress.png"), picture(images, 8 * len(support), 2))
@@ -799,7 +803,7 @@ def bright_on_dark(classes, folder):
     images = {}
     for label, pictures in classes.items():
         images[label] = np.stack([255 - x if turn and border >= 0 else x for x, border in pictures])
-    brightest = np.percentile([x.max() for each in images.values() for x in each], 90)
+    brightest = np.percentile([x.max() for stack in images.values() for x in stack], 90)
     if brightest < 128:  # thin strokes of large pictures fade when they are made small
         stretch = 255 / max(1, brightest)
         images = {label: (x * stretch).clip(0, 255) for label, x in images.items()}
@@ -809,8 +813,8 @@ def bright_on_dark(classes, folder):
     return {label: torch.tensor(x.astype(np.uint8)) for label, x in images.items()}
 
 def read_image(path):
-    """A picture of any size and mode as uint8 [784], upright, grey and square, and the brightness
-    of its border; of a cut-out, which comes bright on black, that is -1."""
+    """A picture of any size and mode, upright, grey and square [784], and the median brightness
+    of its border. A cut-out is returned bright on black, with -1 for its border."""
     with Image.open(path) as image:
         signs = image.info.get("Software"), image.info.get("comment")
         require(not {"mtgan.py", b"mtgan.py"} & {*signs}, "drawn by mtgan.py")
@@ -901,7 +905,14 @@ def join_processes(args):
     if PROCESSES > 1:
         cuda = torch.device(args.device).type == "cuda"
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else args.device
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        patience = datetime.timedelta(hours=9)  # the others wait while the first one tests
+        torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=patience)
+
+def leave_processes():
+    """Wait for the others: torchrun ends all where one ends early."""
+    if PROCESSES > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 def average_of_processes(gradients):
     """The mean of every gradient over all processes."""
@@ -926,7 +937,8 @@ class Progress:
         waits for a GPU, unless it is time for a line."""
         for name, value in (numbers or {}).items():
             key = f"mean {name}"
-            self.means[key] = torch.lerp(self.means.get(key, value), value, 0.02)
+            mean = torch.lerp(self.means.get(key, value), value, 0.02)
+            self.means[key] = torch.where(mean.isfinite(), mean, self.means.get(key, mean))
         now, names = time.monotonic(), list(self.costs)
         end = sum(self.costs[name] for name in names[:names.index(stage) + 1])
         position = end - self.costs[stage] * (1 - done / steps)
@@ -1085,26 +1097,22 @@ def parse(argv):
     for name in sorted(given):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(name in used, f"{flag} is of no use here")
-        fine = value > 0 if isinstance(value, (int, float)) else True
-        require(fine or value == 0 and name in ("seed", "warm_steps"), f"{flag} is too small")
-        require(not fine or value is True or not isinstance(value, (int, float)) or value < 2 ** 31,
-                f"{flag} is too large")
+        if isinstance(value, (int, float)):
+            least = 0 if name in ("seed", "warm_steps") else 1 if isinstance(value, int) else 1e-9
+            require(least <= value < 2 ** 31, f"{flag} must be from {least} on, and below 2^31")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
         args.source = args.source if "source" in given else []
     if mode == "adapt":
         args.shots = args.shots if "shots" in given else None  # as many as there are, up to 25
         require(len(args.target) == 1 >= len(args.source), "--adapt: one --target, one --source")
-    for name in ("data_dir", "out", "test", "adapt"):
-        value = getattr(args, name)
-        setattr(args, name, value and os.path.expanduser(value))
     args.source, args.target = ([os.path.expanduser(spec) for spec in specs]
                                 for specs in (args.source, args.target))
     if "out" not in given:
         words = [word for word in ("dry_run", "test", "adapt") if word in given]
         words += [Path(spec).name or "folder" for spec in (*args.source, *args.target)]
-        words += [f"{args.steps}-steps"] if mode == "adapt" else []
-        words += [f"{args.shots}-shots"] if mode == "adapt" and args.shots else []
+        if mode == "adapt":  # other steps or shots go into another folder
+            words += [f"{args.steps}-steps"] + ([f"{args.shots}-shots"] if args.shots else [])
         name = re.sub(r"[^\w.]+", "-", "-".join(words)).strip("-.")
         args.out = f"runs/{name[-80:]}"
     return args
@@ -1226,6 +1234,7 @@ def main(argv=None):
             run(args)
         else:
             deploy(args)
+        leave_processes()
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise  # a fault of ours

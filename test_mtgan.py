@@ -275,13 +275,14 @@ def test_apply_gradients():
     assert torch.allclose(other[1], -torch.ones(3)) and other[0].isnan().any()
 
 @patch.multiple(mtgan, GENERATOR_SIZES=(3, 6, 7), DISCRIMINATOR_SIZES=(7, 6, 1))
-def test_a_skipped_step_of_either_player_is_counted():
-    for bad in range(2):
+def test_a_skipped_step_of_either_player_is_counted(monkeypatch):
+    for constant in ("R1", "ENERGY"):           # in D's loss alone, in G's loss alone
+        monkeypatch.setattr(mtgan, constant, math.inf)
         players = mtgan.new_players()
-        players[bad][0].fill_(math.nan)
         optimizers = [mtgan.adam(weights, 0.01) for weights in players]
         numbers = mtgan.gan_step(players, optimizers, torch.rand(1, 4, 7), torch.randn(1, 5, 3))
         assert numbers["skipped"] == 1
+        monkeypatch.undo()
 
 def test_a_step_of_no_gradient_is_finite():
     p = torch.ones(2, 3, 4)
@@ -360,11 +361,13 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
                         or original(domains, classes, n))
     settings = parsed("--source", "strokes", "--target", "shapes:0-5", "--dry-run",
-                      "--out", tmp_path)
+                      "--meta-batch", 2, "--out", tmp_path)
+    monkeypatch.setattr(mtgan, "TRANSFER_STEPS", 2)
     domains = mtgan.load_domains(settings)
     monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)    # shows them, trains on none
     mtgan.train_all(domains, settings)
     assert domains.test == ["shapes 4", "shapes 5"]
+    assert mtgan.load(tmp_path / "state" / "transfer.pt")[0] == 2 * 2 * 3       # as long
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
     assert seen and not seen & held_out
 
@@ -971,7 +974,7 @@ def test_large_pictures_take_little(mode, width, height, megabytes, tmp_path):
     ("--seed", "--tables run --seed 1"), ("--steps", "--steps 3"), ("--samples", "--samples 3"),
     *((f"'{spec}'", f"--source {spec}") for spec in (
         "nowhere", "strokes:3-", "strokes:-3", "strokes:5-3", "strokes:0-10", "strokes:0,99")),
-    ("--samples", "--adapt run --target shapes --samples 100000000000000000000"),
+    ("--samples must be", "--adapt run --target shapes --samples 99999999999999999999"),
     ("--shots 5 or less", "--shots 6"), ("is a file", "--source /dev/../proc/self/status"),
     ("--shots", "--shots 0"), ("--inner-lr", "--inner-lr nan"),
     ("warp", "--device warp"), ("too few classes", "--source strokes:0 --target strokes:0"),
@@ -1011,6 +1014,7 @@ def test_results_of_two_seeds(finished, pictures, tmp_path):
     assert program(*command(pictures, tmp_path, "--seed", 1)) == 0
     one, two = (report_of(out)["rows"] for out in (finished, tmp_path))
     assert not {row["frechet"] for row in one} & {row["frechet"] for row in two}
+    assert len({row["frechet"] for row in one if row["steps"]}) == 4 * 2 * 3    # each rate its own
     with Image.open(tmp_path / "adaptation.png") as strip:
         eel, _, _, fox, _, _ = (row[:44] for row in np.split(np.asarray(strip), 6))
     assert not np.array_equal(eel, fox)         # the longest label ends with the class
