@@ -532,7 +532,12 @@ def benchmark(repetitions=5):
     def meta_step(gradient, support, query):
         mtgan.apply_gradients(optimizer, mtgan.unit(gradient(support, query)[1])[:-1])
     episode = draw()
-    loop = lambda *episode: loop_gradient(leaves, episode)
+    def loop(*episode):     # at PyTorch's own precision, as other libraries run it
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        result = loop_gradient(leaves, episode)
+        torch.set_float32_matmul_precision(before)
+        return result
     ours = functools.partial(mtgan.meta_gradient, start_of(leaves), algorithm="maml")
     gradient = kernels.Recorded(ours)
     whole = kernels.Recorded(functools.partial(meta_step, ours))
@@ -1137,6 +1142,23 @@ def test_non_finite_updates_are_skipped_and_counted(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert abs(leaf.item() + 6) < 1e-4 and len(drawn) == 10     # every step has its own numbers
     assert "stage 5/5" in lines[1] and "skipped 2" in lines[1] and "warning: stage" in lines[2]
+
+def test_progress(tmp_path, monkeypatch, capsys):
+    """What is left of the stage and of the run; a nan does not stay in a mean."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = mtgan.Progress({"a": 10, "b": 30}, tmp_path)
+    for clock[0], done, score in [(10, 5, 2.0), (11, 6, math.nan), (41, 10, 4.0)]:
+        progress.show("a", done, 10, {"score": torch.tensor(score)}, {"skipped": 3})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == ("a 5/10, 50 s left, of the run 350 s, score 2, mean score 2, skipped 3")
+    assert lines[1].startswith("expected minutes: a 1.1, b 3.4") and "mean score 2.04" in lines[2]
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["score"]) for row in rows] == [(5, 2.0), (10, 4.0)]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for clock[0] in (42.0, 42.1, 43.0):         # a few times a second at most, in one line
+        progress.show("b", 1, 30)
+    assert capsys.readouterr().err.count("\r") == 2
 
 def test_tables_of_several_runs(finished, tmp_path, capsys):
     def table(*folders):
