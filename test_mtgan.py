@@ -398,6 +398,21 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     for weights, rates in zip(moves[::2], moves[1::2]):
         assert abs(torch.cat([weights, rates]).norm() - 1) < 1e-3
 
+@patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1))
+def test_an_episode_with_one_inf_changes_nothing(tmp_path, monkeypatch):
+    def gradient(start, *_):
+        leaves = [*start.theta, *start.phi, start.log_rates]
+        direction = [torch.ones_like(leaf) for leaf in leaves]
+        direction[-1][2, 1, 0] = math.inf           # of one rate of one inner step
+        return torch.ones(()), direction
+    monkeypatch.setattr(mtgan, "meta_gradient", gradient)
+    monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
+    args, before = parsed("--shots", 5, "--meta-steps", 2, "--out", tmp_path), mtgan.new_players()
+    start = mtgan.meta_train(before, numbered(), args)
+    assert distance([*start.theta, *start.phi], [*before.theta, *before.phi]) == 0
+    assert start.log_rates.isfinite().all()
+    assert args.progress.show.call_args.args[-1]["skipped"] == 2
+
 # Meta-testing -------------------------------------------------------------------------------------
 def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     torch.manual_seed(0)
@@ -1250,6 +1265,8 @@ def test_an_mtgan_pt_that_is_none(finished, pictures, tmp_path, monkeypatch, cap
     path, adapt = tmp_path / "mtgan.pt", ["--target", pictures, "--out", "out", "--adapt"]
     assert "mtgan.pt" in refused(capsys, *adapt, tmp_path)
     good, saved = (finished / "mtgan.pt").read_bytes(), mtgan.load(finished / "mtgan.pt")
+    tensors = *saved["theta"], *saved["phi"], saved["log_rates"]
+    assert {p.dtype for p in tensors} == {torch.half}       # which halves the file
     other = [parameter[..., :7] for parameter in saved["theta"]]
     nan = [parameter * math.nan for parameter in saved["theta"]]
     trap = type("Trap", (), {"__reduce__": lambda self: (os.system, ("touch sprung",))})()
