@@ -47,7 +47,7 @@ because their lengths cannot be compared.
 import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re, socket
 import sys, time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -1021,43 +1021,6 @@ def refuse_differences(folder, old, new, advice, *may_differ):
 SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start of a default run
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
-DEFAULTS = {**asdict(Settings()), "test_seeds": 5, "judge_steps": 500,
-            "test_steps": (0, 1, 2, 5, 10, 20, 50, 100, 200),
-            "source": ["mnist"], "target": ["fashion"], "data_dir": "data",
-            "out": "runs/...", "seed": 0, "kernel": "auto", "steps": 100, "samples": 64,
-            "device": "cuda" if torch.cuda.is_available() else "cpu", "tables": ()}
-OPTIONS = {  # the modes: {an option that they have: its help}
-    "train test adapt": {
-        "target": "target domains",
-        "data_dir": "folder of the data sets",
-        "out": "folder for the results",
-        "seed": "all random numbers follow from it",
-        "shots": "images to adapt to; for --adapt the most",
-        "device": "cpu, cuda or cuda:1",
-        "kernel": "of linear layers: torch, triton, or auto, which is torch"},
-    "train adapt": {"source": "source domains; for --adapt none, unless told"},
-    "train test": {
-        "test_seeds": "draws of the support in a test",
-        "dry_run": "everything once, tiny, in a minute"},
-    "train": {
-        "algorithm": "maml, fomaml, reptile or both",
-        "inner_steps": "inner steps of an episode",
-        "inner_lr": "G's first inner rate, twice D's",
-        "warm_steps": "ordinary GAN steps before the episodes",
-        "meta_steps": "episodes",
-        "meta_batch": "pairs of an episode",
-        "meta_lr": "outer learning rate"},
-    "test": {"test": "test RUN's start, or the one in assets, on all classes of --target"},
-    "adapt": {
-        "adapt": "adapt RUN's start, or the one in assets, to --target",
-        "steps": "steps to adapt",
-        "samples": "images to draw"},
-    "tables": {"tables": "print one table of these runs"}}
-SPEC, RUN = {"nargs": "+", "metavar": "SPEC"}, {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
-HOW = {"target": SPEC, "source": SPEC, "test": RUN, "adapt": RUN,  # what argparse needs to know
-       "tables": {"nargs": "+", "metavar": "RUN"}, "dry_run": {"action": "store_true"},
-       "kernel": {"choices": ("auto", "torch", "triton"), "metavar": "NAME"},
-       "algorithm": {"choices": ("maml", "fomaml", "reptile", "both"), "metavar": "NAME"}}
 
 def say(line, file=None, end="\n"):
     """Print. Where the reader has left, later lines go nowhere, and the run goes on."""
@@ -1068,35 +1031,77 @@ def say(line, file=None, end="\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 def make_parser():
+    """The parser, and {mode: names of the options that it uses}."""
     title, _, commands, *_ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         "mtgan.py", "mtgan.py [options]", title, f"examples:\n{commands}\n\n{SPECS}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = partial(require, False)
-    for modes, options in OPTIONS.items():
-        group = parser.add_argument_group(f"to {modes.replace(' ', ' or ')}")
-        for name, text in options.items():
-            default, how = DEFAULTS.get(name), HOW.get(name, {})
-            if isinstance(default, (int, float)):
+    used = {mode: set() for mode in ("train", "test", "adapt", "tables")}
+
+    def options_of(*modes):
+        group = parser.add_argument_group(f"to {' or '.join(modes)}")
+        def option(name, default, text, **how):
+            if isinstance(default, (int, float)) and not how:
                 how = {"type": type(default), "metavar": "N"}
             if default:
                 text += f" ({' '.join(default) if isinstance(default, list) else default})"
-            group.add_argument("--" + name.replace("_", "-"), help=text, **how)
-    parser.set_defaults(**DEFAULTS)
-    return parser
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=default, help=text, **how)
+            for mode in modes:
+                used[mode].add(name)
+        return option
+
+    specs, runs = {"nargs": "+", "metavar": "SPEC"}, {"nargs": "+", "metavar": "RUN"}
+    run_or_shipped = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    option = options_of("train", "test", "adapt")
+    option("target", ["fashion"], "target domains", **specs)
+    option("data_dir", "data", "folder of the data sets", metavar="DIR")
+    option("out", "runs/...", "folder for the results", metavar="DIR")
+    option("seed", 0, "all random numbers follow from it")
+    option("shots", Settings.shots, "images to adapt to; for --adapt the most")
+    option("device", device, "cpu, cuda or cuda:1", metavar="NAME")
+    option("kernel", "auto", "of linear layers: torch, triton, or auto, which is torch",
+           choices=("auto", "torch", "triton"), metavar="NAME")
+    option = options_of("train", "adapt")
+    option("source", ["mnist"], "source domains; for --adapt none, unless told", **specs)
+    option = options_of("train", "test")
+    option("test_seeds", 5, "draws of the support in a test")
+    option("dry_run", False, "everything once, tiny, in a minute", action="store_true")
+    option = options_of("train")
+    option("algorithm", Settings.algorithm, "maml, fomaml, reptile or both",
+           choices=("maml", "fomaml", "reptile", "both"), metavar="NAME")
+    option("inner_steps", Settings.inner_steps, "inner steps of an episode")
+    option("inner_lr", Settings.inner_lr, "initial inner rate of G, twice D's")
+    option("warm_steps", Settings.warm_steps, "ordinary GAN steps before the episodes")
+    option("meta_steps", Settings.meta_steps, "episodes")
+    option("meta_batch", Settings.meta_batch, "pairs of an episode")
+    option("meta_lr", Settings.meta_lr, "outer learning rate")
+    option = options_of("test")
+    option("test", None, "test RUN's start, or the one in assets, on all classes of --target",
+           **run_or_shipped)
+    option = options_of("adapt")
+    option("adapt", None, "adapt RUN's start, or the one in assets, to --target",
+           **run_or_shipped)
+    option("steps", 100, "steps to adapt")
+    option("samples", 64, "images to draw")
+    option = options_of("tables")
+    option("tables", (), "print one table of these runs", **runs)
+    parser.set_defaults(judge_steps=500, test_steps=(0, 1, 2, 5, 10, 20, 50, 100, 200))
+    return parser, used
 
 def parse(argv):
     """The command line as a namespace; UserError for what is wrong, missing or ignored."""
-    parser = make_parser()
+    parser, used = make_parser()
     given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
     if "dry_run" in given:
         parser.set_defaults(**DRY_RUN)
     args = parser.parse_args(argv)
     mode = next((mode for mode in ("tables", "test", "adapt") if mode in given), "train")
-    used = {name for modes, names in OPTIONS.items() if mode in modes.split() for name in names}
     for name in sorted(given):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(name in used, f"{flag} is of no use here")
+        require(name in used[mode], f"{flag} is of no use here")
         if isinstance(value, (int, float)):
             least = 0 if name in ("seed", "warm_steps") else 1 if isinstance(value, int) else 1e-9
             require(least <= value < 2 ** 31, f"{flag} must be from {least} on, and below 2^31")
@@ -1182,19 +1187,7 @@ def deploy(args):
         samples = generator(theta_t, z)[0]  # of the target
         require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
         save(out / "adapted.pt", [p.clone() for p in theta_t])
-        digits = len(str(args.samples - 1))
-        for number, image in enumerate(samples):
-            save(out / f"sample-{number:0{max(3, digits)}}.png", picture(image, 1, 1))
-        white = torch.ones(-shots % 8, PIXELS)  # fills the support's last row
-        save(out / "samples.png", picture(torch.cat([support[-1], white, samples]), 8, 3))
-        nearest = torch.cdist(samples, support[-1]).argmin(1)
-        rows = zip(samples.split(16), support[-1][nearest].split(16))
-        rows = [F.pad(x, (0, 0, 0, 16 - len(x)), value=1) for pair in rows for x in pair]
-        save(out / "nearest.png", picture(torch.cat(rows), 16, 3))
-        corners = z[0, torch.arange(9) % min(8, args.samples)]  # the last is the first again
-        path = [torch.lerp(a, b, i / 8) for a, b in itertools.pairwise(corners) for i in range(8)]
-        frames = generator(theta_t, torch.stack(path)[None])[0]
-        save(out / "interpolation.gif", [picture(frame, 1, 5) for frame in frames])
+        save_pictures(out, support[-1], samples, partial(generator, theta_t), z)
         if args.source:
             rows = translate(theta, support[:1]).flatten(0, 1)  # [3 shots, 784]
             save(out / "translation.png", picture(rows, shots, 3))
@@ -1203,6 +1196,27 @@ def deploy(args):
         "nearest.png has each sample above the picture nearest to it;\ninterpolation.gif, "
         f"adapted.pt{', translation.png' if args.source else ''}. "
         f"Cleaner, and closer to the pictures: --steps {2 * args.steps}")
+
+def save_pictures(out, support, samples, draw, z):
+    """samples.png, nearest.png, interpolation.gif, and a picture of every sample.
+    support [shots, 784], samples [n, 784], which draw(z) gave, z [1, n, 100]."""
+    digits = max(3, len(str(len(samples) - 1)))
+    for number, image in enumerate(samples):
+        save(out / f"sample-{number:0{digits}}.png", picture(image, 1, 1))
+
+    white = torch.ones(-len(support) % 8, PIXELS)  # fills the support's last row
+    save(out / "samples.png", picture(torch.cat([support, white, samples]), 8, 3))
+
+    nearest = support[torch.cdist(samples, support).argmin(1)]  # [n, 784]
+    rows = []
+    for pair in zip(samples.split(16), nearest.split(16)):
+        rows += [F.pad(row, (0, 0, 0, 16 - len(row)), value=1) for row in pair]
+    save(out / "nearest.png", picture(torch.cat(rows), 16, 3))
+
+    corners = z[0, torch.arange(9) % min(8, len(samples))]  # the last is the first again
+    path = [torch.lerp(a, b, i / 8) for a, b in itertools.pairwise(corners) for i in range(8)]
+    frames = draw(torch.stack(path)[None])[0]  # [64, 784]
+    save(out / "interpolation.gif", [picture(frame, 1, 5) for frame in frames])
 
 def main(argv=None):
     """Returns the exit code, 2 for what a user can put right. It leaves the process changed:
