@@ -5,7 +5,8 @@ import os
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, as torchvision does
+    # Before anything imports triton, as torchvision does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import contextlib, functools, itertools, json, math, multiprocessing, pickle, re
 import resource, shlex, shutil, signal, statistics, subprocess, sys, time, urllib.error
@@ -522,7 +523,9 @@ def test_a_filmstrip():
     film = {("t", "m", steps): torch.full((9, 784), steps / 100) for steps in (0, 1, 10)}
     film["t", "support repeated", 0] = torch.full((9, 784), 0.9)
     labels, kept = [], dict(film)
-    with patch.object(mtgan.ImageDraw.ImageDraw, "text", lambda s, at, text, *_: labels.append(text)):
+    def text(ink, at, label, *_):
+        labels.append(label)
+    with patch.object(mtgan.ImageDraw.ImageDraw, "text", text):
         strip = mtgan.filmstrip(film, Mock(test_steps=(0, 1, 10)))
     assert labels == ["t, m", "support", "step 0", "step 1", "step 10"] and film == kept
     grey = [strip.getpixel((184 * i + 20, 60)) for i in range(4)]
@@ -566,7 +569,8 @@ def benchmark(repetitions=5):
         steps[name]()
         torch.ones(1).item()                                            # waits for a GPU
         seconds[name].append(time.perf_counter() - began)
-    print(f"{kernels.default_backend}, {torch.get_num_threads()} threads, 2 tasks, {settings.inner_steps} "
+    print(f"{kernels.default_backend}, {torch.get_num_threads()} threads, 2 tasks, "
+          f"{settings.inner_steps} "
           f"inner steps\n{'':24}seconds  loop = 1  operators")
     for name, step in steps.items():
         with Counted() as counted:
@@ -650,10 +654,11 @@ def variants():
         _, specialization, options = binder(*values, **options)
         keys.add(jit.compute_cache_key(known, specialization, options))
     meta = functools.partial(torch.empty, device="meta")
+    adam = lambda weights, _: Mock(param_groups=[{"params": weights}])
     with patch.object(kernels.product_kernel, "run", only_key), torch.device("meta"), \
             patch.multiple(kernels, why_not_triton=lambda _: None, default_backend="triton"), \
             patch.object(torch.cuda, "is_tf32_supported", lambda: True), \
-            patch.object(mtgan, "adam", lambda weights, _: Mock(param_groups=[{"params": weights}])):
+            patch.object(mtgan, "adam", adam):
         players = mtgan.new_players()
         start = mtgan.Start(*players, meta(5, 2, 4))
         optimizers = [mtgan.adam(weights, 0) for weights in players]
@@ -797,7 +802,8 @@ def test_refusals(monkeypatch):
 BUILT_IN = "--source strokes:0-3 --target shapes:0-3".split()
 TINY = "--dry-run --device cpu --shots 3 --inner-steps 2".split()
 SMALL = {"GENERATOR_SIZES": (100, 24, 16, 12, 784), "DISCRIMINATOR_SIZES": (784, 12, 16, 8, 1),
-         "SAVE_SECONDS": 0, "TRANSFER_STEPS": 2, "DRY_RUN": {**mtgan.DRY_RUN, "warm_steps": 4, "judge_steps": 4}}
+         "SAVE_SECONDS": 0, "TRANSFER_STEPS": 2,
+         "DRY_RUN": {**mtgan.DRY_RUN, "warm_steps": 4, "judge_steps": 4}}
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "torchvision"])
 
@@ -952,7 +958,8 @@ def test_what_is_left_out_of_a_folder(tmp_path, monkeypatch, capsys):
     assert {label: len(x) for label, x in mtgan.load_folder(tmp_path).items()} == {"cat": 4}
     [line] = capsys.readouterr().err.splitlines()
     for kind in (str(tmp_path), "2 unreadable .heic", "1 unreadable .txt", "1 unreadable .png",
-                 "1 too thin", "1 linked folder", "1 locked folder", "1 no file", r"1 unreadable '.\x1b"):
+                 "1 too thin", "1 linked folder", "1 locked folder", "1 no file",
+                 r"1 unreadable '.\x1b"):
         assert kind in line
 
 def test_pictures_of_all_kinds(tmp_path):
@@ -1062,6 +1069,8 @@ def test_results_of_two_seeds(finished, pictures, tmp_path):
     one, two = (report_of(out)["rows"] for out in (finished, tmp_path))
     assert not {row["frechet"] for row in one} & {row["frechet"] for row in two}
     assert len({row["frechet"] for row in one if row["steps"]}) == 4 * 2 * 3    # each rate its own
+    with Image.open(tmp_path / "progress.png") as rows:     # support and three stages, two targets
+        assert rows.size == (2 * (16 * 29 + 1), 2 * (4 * 29 + 1))
     with Image.open(tmp_path / "adaptation.png") as strip:
         eel, _, _, fox, _, _ = (row[:44] for row in np.split(np.asarray(strip), 6))
     assert not np.array_equal(eel, fox)         # the longest label ends with the class
@@ -1074,6 +1083,12 @@ def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, 
     assert re.search("inner.steps.*2.*5", line) and len(contents(out)) == len(contents(finished))
     monkeypatch.chdir(same.parent)
     assert program(*command(pictures.name, "../out")) == 0                # the same pictures
+    source = Path(kernels.__file__).read_text()
+    for changed, code in ((source + "# a remark\n", 0), (source + "a = 1\n", 2)):
+        (tmp_path / "kernels.py").write_text(changed)
+        with patch.object(kernels, "__file__", str(tmp_path / "kernels.py")):
+            assert program(*command(pictures.name, "../out")) == code
+    assert "has other code" in capsys.readouterr().err
     kept = contents(out)
     put_picture(same / "bee" / "3.png")
     assert "has other images:" in refused(capsys, *command(pictures.name, "../out"))
@@ -1314,7 +1329,9 @@ def test_a_start_on_ones_own_classes(finished, pictures, tmp_path, capsys):
         rows = report_of(out)["rows"]
         assert len({row["target"] for row in rows}) == 6
         assert any("transfer" in row["method"] for row in rows) == (start == finished)
-        assert "the start was trained on" in capsys.readouterr().out
+        line = "trained on .*, and so on these classes: (.*), n"
+        trained_on = re.search(line, capsys.readouterr().out)
+        assert len(trained_on[1].split(", ")) == 4      # of six, two were held out
     saved = mtgan.load(alone)
     torch.save({**saved, "theta": [p + 1 for p in saved["theta"]]}, alone)      # of another run
     assert "has other start" in refused(capsys, "--test", alone, *test, "--out", out)
