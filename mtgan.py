@@ -737,15 +737,17 @@ def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or downloaded: {class: uint8 [n, 784]}"""
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     socket.setdefaulttimeout(20)
+
     def parts_of(download):
         return [kind(data_dir, train, download=download) for train in (True, False)]
+
     try:
-        if os.access(data_dir, os.W_OK) or not os.path.exists(data_dir):
-            os.makedirs(data_dir, exist_ok=True)
-            with filelock.FileLock(Path(data_dir, ".lock")):  # one run downloads, others wait
-                parts = parts_of(download=True)
-        else:
+        try:
             parts = parts_of(download=False)
+        except RuntimeError:  # nothing there. One run downloads, and others wait for it
+            os.makedirs(data_dir, exist_ok=True)
+            with filelock.FileLock(Path(data_dir, ".lock")):
+                parts = parts_of(download=True)
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
