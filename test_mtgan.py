@@ -1339,7 +1339,8 @@ def test_a_start_on_ones_own_classes(finished, pictures, tmp_path, capsys):
 def test_the_start_that_comes_along(tmp_path):
     start, hearts = Path(mtgan.SHIPPED), Path(mtgan.SHIPPED).parent / "hearts"
     assert start.stat().st_size <= 7e6 and sum(map(len, contents(hearts).values())) <= 30e3
-    assert mtgan.main(f"--adapt --target {hearts} --out {tmp_path} --device cpu".split()) == 0
+    line = f"--adapt --target {hearts} --steps 30 --samples 32 --out {tmp_path} --device cpu"
+    assert mtgan.main(line.split()) == 0
     samples = np.stack([Image.open(path) for path in tmp_path.glob("sample-*.png")])
     real = mtgan.load_folder(hearts)["(loose)"].double().mean(0)
     assert np.corrcoef(samples.mean(0).ravel(), real)[0, 1] > 0.7
