@@ -633,6 +633,8 @@ def print_tables(folders):
                         if (row["method"], row["steps"]) == (method, steps)]
                 line += f"{interval(cell):>14}" if cell else ""
             say(line)
+        if not all(math.isfinite(row[metric]) for row in rows):
+            say("-: not finite, as where a GAN diverged or a class has copies of one picture")
 
 def interval(values):
     """'mean ± two standard errors', about the 95 % interval of independent values."""

@@ -1185,6 +1185,14 @@ with patch.multiple(mtgan, **test_mtgan.SMALL, save=save_or_die, draw_progress=l
     assert finished.returncode == 0, finished.stderr
     assert report_of(tmp_path / "out")["rows"] and finished.stdout.count("report.json") == 1
 
+def test_classes_of_copies(finished, tmp_path, capsys):
+    for label, i in itertools.product("ab", range(12)):
+        put_picture(tmp_path / "copies" / label / f"{i}.png", seed=ord(label))
+    test = ["--test", finished, "--dry-run", "--shots", 3, "--target", tmp_path / "copies"]
+    assert program(*test, "--out", tmp_path / "out") == 0
+    text = capsys.readouterr().out
+    assert "Only 4 images" in text and "copies of one picture" in text and "nan" not in text
+
 def test_non_finite_updates_are_skipped_and_counted(tmp_path, capsys):
     leaf, drawn, values = torch.zeros(1, 1), set(), [1.0, math.nan, 1.0, math.inf, 1.0]
     optimizer = mtgan.adam([leaf], 1.0)
