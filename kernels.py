@@ -123,10 +123,12 @@ def layout(v):
     """Of matrices [T, R, C]: whether they are stored by columns, the stride of tasks, and that of
     rows (or columns). Contiguous ones have (False, R * C, C), their transposes (True, R * C, C).
     None where memory is contiguous along neither axis."""
-    (batch, row, column), (_, R, C) = v.stride(), v.shape
-    if column == 1 or C == 1 and row != 1:
-        return (False, batch, row) if column == 1 else None
-    return (True, batch, column) if row == 1 else None
+    batch, row, column = v.stride()
+    if column == 1:
+        return False, batch, row
+    if row == 1:
+        return True, batch, column
+    return None
 
 
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
@@ -257,13 +259,16 @@ def fused_linear(x, weight, bias, slope=0.2, *, backend=None):
     """
     backend = backend or default_backend
     tensors = [x, weight, bias]
-    found = ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
+
+    def found():
+        return ", ".join(f"{list(t.shape)} {t.dtype} on {t.device}" for t in tensors)
+
     fit = (x.dim() == weight.dim() == 3 and x.shape[::2] == weight.shape[::2]
            and bias.shape == weight.shape[:2] and x.device == weight.device == bias.device)
     if {t.dtype for t in tensors} not in ({torch.float32}, {torch.float64}):
-        raise TypeError(f"x, weight and bias must all be float32 or all float64, not {found}")
+        raise TypeError(f"x, weight and bias must all be float32 or all float64, not {found()}")
     if not fit:
-        raise ValueError(f"not x [T, B, K], weight [T, N, K], bias [T, N] on one device: {found}")
+        raise ValueError(f"not x [T, B, K], weight [T, N, K], bias [T, N] on one device: {found()}")
     if not 0 <= slope < float("inf"):  # nan fails this too
         raise ValueError(f"slope must be finite and at least 0, not {slope}")
     if backend not in ("auto", "torch", "triton"):

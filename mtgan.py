@@ -67,7 +67,7 @@ from kernels import Recorded, fused_linear
 
 @dataclass
 class Settings:
-    """The hyper-parameters. 'Search' stands for trials on classes kept out for that (README)."""
+    """The hyper-parameters. 'Search': trials on other classes, see findings/EXPERIMENTS.md."""
     algorithm: str = "both"  # by search: better than MAML alone and Reptile alone
     shots: int = 25          # an effort that a user can make
     inner_steps: int = 5     # an episode's memory and time grow with each
@@ -1190,7 +1190,7 @@ def deploy(args):
         theta_t, z = [p[-1:] for p in theta], noise(1, args.samples)
         samples = generator(theta_t, z)[0]  # of the target
         require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
-        save(out / "adapted.pt", [p.clone() for p in theta_t])
+        save(out / "adapted.pt", [p.clone().cpu() for p in theta_t])
         save_pictures(out, support[-1], samples, partial(generator, theta_t), z)
         if args.source:
             rows = translate(theta, support[:1]).flatten(0, 1)  # [3 shots, 784]
@@ -1199,7 +1199,7 @@ def deploy(args):
         f"{saved['domains']}.\nsamples.png has the pictures, then {len(samples)} samples; "
         "nearest.png has each sample above the picture nearest to it;\ninterpolation.gif, "
         f"adapted.pt{', translation.png' if args.source else ''}. "
-        f"Cleaner, and closer to the pictures: --steps {2 * args.steps}")
+        f"For cleaner images, which copy the pictures more, add --steps {2 * args.steps}")
 
 def save_pictures(out, support, samples, draw, z):
     """samples.png, nearest.png, interpolation.gif, and a picture of every sample.
@@ -1250,7 +1250,7 @@ def main(argv=None):
         torch.autograd.set_multithreading_enabled(False)  # faster on a GPU
         if args.adapt is None:
             run(args)
-        else:
+        elif RANK == 0:  # there is no work for several processes
             deploy(args)
         leave_processes()
     except (UserError, OSError, MemoryError, RuntimeError) as error:

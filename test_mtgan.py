@@ -1174,7 +1174,7 @@ with patch.multiple(mtgan, **test_mtgan.SMALL, save=save_or_die, draw_progress=l
     script.write_text(code)
     def torchrun(processes, *more):
         line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes,
-                "--master-port", 29517, script, *command(pictures, tmp_path / "out"), *more]
+                "--standalone", script, *command(pictures, tmp_path / "out"), *more]
         paths = {"PYTHONPATH": str(Path(mtgan.__file__).parent), "TRITON_INTERPRET": "0"}
         return subprocess.run([str(word) for word in line], env=os.environ | paths,
                               capture_output=True, text=True)
