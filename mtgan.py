@@ -61,6 +61,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
 from torch.func import grad, vjp
+from torchvision.transforms import InterpolationMode
 
 import kernels
 from kernels import Recorded, fused_linear
@@ -76,6 +77,7 @@ class Settings:
     meta_steps: int = 500    # episodes; by search: twice as many gain nothing
     meta_batch: int = 1      # pairs of an episode
     meta_lr: float = 4e-4    # outer rate, by search
+    made_up: float = 0.7     # share of tasks that get a made-up domain, by search
 
 # 1  Networks --------------------------------------------------------------------------
 # A comment such as "# [T, B, 784]" is the shape of a tensor:
@@ -247,8 +249,7 @@ def unit(tensors):
 # 5  Domains, known and made up --------------------------------------------------------
 QUERIES = 64  # images that score a generator
 # The few known classes would soon be learned by heart. A made-up domain never returns, so only
-# its support can tell what it looks like. These shares were found by search:
-MADE_UP = 0.7  # of tasks that get a made-up domain
+# its support can tell what it looks like. These shares were found by search, too:
 MIXED = 0.3  # of tasks that take half of their images from another, as users' folders may
 PEN = 0.3  # of made-up domains that are outlines, as if drawn with a pen
 FILLED = 0.57  # of the others that fill the frame, as a pullover does
@@ -258,17 +259,31 @@ class Domains(NamedTuple):
     images: dict  # 'mnist 7' -> uint8 [n, 784], bright on dark
     train: list  # pairs (source class, target class)
     test: list  # held-out target classes
-    fewest: int  # images of the smallest class
+    fewest: int  # images of the smallest held-out target
     title: str  # 'mnist and fashion'
 
-def sample(images, n):
-    """n random images, none twice before all came once: uint8 [m, 784] -> [-1, 1] [n, 784]."""
-    order = torch.randperm(len(images))
-    return images[order[torch.arange(n) % len(images)]] / 127.5 - 1
+def sample(images, *counts):
+    """Random images of a class: uint8 [m, 784] -> [-1, 1] [sum of counts, 784].
 
-def sample_images(domains, classes, n):
-    """n images of each class  # [T, n, 784]"""
-    return torch.stack([sample(domains.images[name], n) for name in classes])
+    No image is in two of the counts, as in support and query. Where a class has too few, each
+    count gets an equal part of them, and then copies, slightly turned, moved and scaled."""
+    order, n = torch.randperm(len(images)), sum(counts)
+    if n <= len(images):
+        return images[order[:n]] / 127.5 - 1
+    alter = torchvision.transforms.RandomAffine(12, (0.06, 0.06), (0.85, 1.15), fill=-1.0,
+                                                interpolation=InterpolationMode.BILINEAR)
+    sampled = []
+    for part, count in zip(order.tensor_split(len(counts)), counts):
+        own = images[part] / 127.5 - 1
+        sampled.append(own[:count])
+        for i in range(len(own), count):
+            copy = alter(own[i % len(own)].view(1, 28, 28))
+            sampled.append(copy.view(1, PIXELS))
+    return torch.cat(sampled)
+
+def sample_images(domains, classes, *counts):
+    """Images of each class  # [T, sum of counts, 784]"""
+    return torch.stack([sample(domains.images[name], *counts) for name in classes])
 
 def sample_pairs(domains, n):
     """n random pairs, as a list of 2 n classes."""
@@ -278,11 +293,11 @@ def split(images, shots):
     """Images [T, n, 784] as support [T, shots, 784] and query [T, n - shots, 784]."""
     return images[:, :shots], images[:, shots:]
 
-def with_made_up(images):
-    """Images of known domains [T, n, 784], most of which are replaced by made-up domains."""
+def with_made_up(images, share):
+    """Images of known domains [T, n, 784], of which a share is replaced by made-up domains."""
     tasks, n, _ = images.shape
     made_up = level_sets(torch.rand(tasks) < PEN, n)
-    return torch.where(torch.rand(tasks, 1, 1) < MADE_UP, made_up, images)
+    return torch.where(torch.rand(tasks, 1, 1) < share, made_up, images)
 
 def with_mixtures(images):
     """Images [T, n, 784]. In some tasks half of them, in support and query alike, are taken from
@@ -415,7 +430,8 @@ def train_gan(stage, players, steps, domains, args):
 
     def do_step(_):
         real = sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4)  # [4, 16, 784]
-        return step_on(with_made_up(real).reshape(1, GAN_BATCH, PIXELS), noise(1, FAKES))
+        real = with_made_up(real, args.made_up).reshape(1, GAN_BATCH, PIXELS)
+        return step_on(real, noise(1, FAKES))
 
     tensors, preview = [*players.theta, *players.phi], partial(draw_progress, stage, players)
     run_stage(stage, steps, do_step, tensors, optimizers, args, partial(preview, domains, args))
@@ -429,7 +445,6 @@ def meta_train(warm, domains, args):
     weights = [*start.theta, *start.phi]
     lrs = torch.zeros(2).unbind()  # tensors, because a CUDA graph freezes plain numbers
     optimizers = [adam(weights, lrs[0]), adam([start.log_rates], lrs[1])]
-    n = min(args.shots + QUERIES, domains.fewest)
 
     def outer_step(support, query):
         score, direction = meta_gradient(start, support, query, args.algorithm)
@@ -447,8 +462,10 @@ def meta_train(warm, domains, args):
         lr = args.meta_lr * min(1, 2 - 2 * step / args.meta_steps)  # falls in the second half
         for optimizer, factor in zip(optimizers, (1, RATES_LR)):
             optimizer.param_groups[0]["lr"].fill_(factor * lr)
-        images = sample_images(domains, sample_pairs(domains, args.meta_batch), n)  # [T, n, 784]
-        return outer_step(*split(with_mixtures(with_made_up(images)), args.shots))
+        pairs = sample_pairs(domains, args.meta_batch)
+        images = sample_images(domains, pairs, args.shots, QUERIES)  # [T, shots + QUERIES, 784]
+        images = with_mixtures(with_made_up(images, args.made_up))
+        return outer_step(*split(images, args.shots))
 
     stage, tensors = "meta-training", [*weights, start.log_rates]
     preview = partial(draw_progress, stage, start, domains, args)
@@ -469,6 +486,7 @@ def train_all(domains, args):
 ADAM_LR = 1e-3  # after the learned steps, chosen on validation classes
 TRANSFER_LRS = 1e-3, 2e-3  # Adam's rates for transfer: a row of the table for each
 SCRATCH_LR = 1e-3  # for a new GAN
+COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7"  # the colour-blind tell them apart
 METRICS = {"frechet": "Fréchet distance on the judge's features, lower is better",
            "recognised": "share that the judge takes for the target, higher is better",
            "variety": "spread of the features, of real images 1",
@@ -585,8 +603,8 @@ def judge_samples(x, support, real, reference, label, judge):
 
 def meta_test(methods, judge, domains, args):
     """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets.
-    Returns rows, a dict for every draw, method, number of steps and target; and nine images of
-    each row of the first draw: {(target, method, steps): [9, 784]}."""
+    Returns rows, a dict for every draw, method, number of steps and target; and four images of
+    each row of the first draw: {(target, method, steps): [4, 784]}."""
     n = min(500, (domains.fewest - args.shots) // 2)  # images that are compared
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     done, rows, film = load(path) if path.exists() else (0, [], {})
@@ -607,13 +625,13 @@ def meta_test(methods, judge, domains, args):
             for name, steps, x in drawn:
                 row = {"method": name, "seed": seed, "steps": steps, "target": target, "n": n}
                 rows.append(row | judge_samples(x[i], support[i], real[i], features, label, judge))
-                film.setdefault((target, name, steps), x[i, :9].clone())
+                film.setdefault((target, name, steps), x[i, :4].clone())
         save(path, (number, rows, film))
         args.progress.show("test", number, len(tests))
     return rows, film
 
 def print_tables(folders):
-    """The METRICS of runs that differ in --seed alone."""
+    """The METRICS of runs that differ in --seed alone, and a plot in the first run's folder."""
     paths = dict.fromkeys(Path(folder, "report.json").resolve() for folder in folders)
     reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
@@ -629,19 +647,79 @@ def print_tables(folders):
         for method in dict.fromkeys(row["method"] for row in rows):
             line = f"{method:24}"
             for steps in columns:
-                cell = [row[metric] for row in rows
-                        if (row["method"], row["steps"]) == (method, steps)]
-                line += f"{interval(cell):>14}" if cell else ""
+                values = [row[metric] for row in rows
+                          if (row["method"], row["steps"]) == (method, steps)]
+                line += f"{cell(values):>14}" if values else ""
             say(line)
         if not all(math.isfinite(row[metric]) for row in rows):
             say("-: not finite, as where a GAN diverged or a class has copies of one picture")
+    path = Path(folders[0], f"results-of-{len(paths)}.png" if len(paths) > 1 else "results.png")
+    save(path, plot(rows))
+    say(f"\n{path} shows the first of these tables")
 
 def interval(values):
-    """'mean ± two standard errors', about the 95 % interval of independent values."""
-    if not np.isfinite(values).all():
+    """The mean, and two standard errors: about the 95 % interval of independent values."""
+    if not np.isfinite(values).all():  # of which numpy would warn
+        return math.nan, math.nan
+    return np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
+
+def cell(values):
+    """The interval as it stands in a table."""
+    mean, two = interval(values)
+    if not math.isfinite(mean):
         return "-"
-    mean, two = np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
+
+def plot(rows):
+    """Fréchet distance against steps, both logarithmic: for each GAN a line within its interval,
+    for what needs no GAN a level. Drawn at twice the size, as making it small smooths the lines."""
+    gans = list(dict.fromkeys(row["method"] for row in rows if row["steps"]))
+    values = {}
+    for row in rows:
+        if row["steps"] or row["method"] not in gans:  # log(0) is not to be seen
+            values.setdefault((row["method"], row["steps"]), []).append(row["frechet"])
+    points = {key: interval(found) for key, found in values.items()}
+    points = {key: (mean, two) for key, (mean, two) in points.items() if mean > 0}  # no nan
+    steps = sorted({step for _, step in points if step})
+    means = [mean for mean, _ in points.values()]
+    low, high = 0.8 * min(means), 1.2 * max(means)
+    canvas = Image.new("RGB", (1600, 1000), "white")
+    pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(30)
+
+    def place(step, distance):  # in pixels
+        across = math.log(step) / math.log(max(2, steps[-1]))
+        up = math.log(max(distance, low) / low) / math.log(high / low)
+        return 120 + 1440 * across, 900 - 840 * up
+
+    def level(distance, colour, text, anchor, right, down):
+        x, y = place(1, distance)
+        pen.line([x, y, 1560, y], colour, 3)
+        pen.text((x + right, y + down), text, "black", font, anchor)
+
+    for distance in (digit * 10.0 ** power for power in range(-3, 9) for digit in (1, 2, 5)):
+        if low < distance < high:
+            level(distance, "#e0e0e0", f"{distance:g}", "rm", -15, 0)
+    for step in steps:
+        pen.text((place(step, low)[0], 915), str(step), "black", font, "mt")
+    pen.text((840, 955), "steps of adaptation", "black", font, "mt")
+    pen.text((20, 5), "Frechet distance", "black", font)  # Pillow's font has no accents
+
+    for method, _ in points:
+        if method not in gans:
+            level(points[method, 0][0], "#606060", method, "lb", 10, -5)
+    for i, (method, colour) in enumerate(zip(gans, COLOURS)):
+        line = [(step, *points[method, step]) for step in steps if (method, step) in points]
+        if not line:  # it diverged
+            continue
+        upper = [place(step, mean + two) for step, mean, two in line]
+        lower = [place(step, mean - two) for step, mean, two in line]
+        middle = [place(step, mean) for step, mean, _ in line]
+        pen.polygon(upper + lower[::-1], f"{colour}40")
+        pen.line(middle, colour, 6)
+        for x, y in [*middle, (1120, 60 + 45 * i)]:
+            pen.regular_polygon((x, y, 12), 3 + i, fill=colour)
+        pen.text((1150, 60 + 45 * i), method, colour, font, "lm")
+    return canvas.resize((800, 500), Image.LANCZOS)
 
 def picture(images, columns, zoom):
     """Images [n, 784] in [-1, 1] as one enlarged picture, row by row."""
@@ -651,20 +729,23 @@ def picture(images, columns, zoom):
     return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
 
 def filmstrip(film, args):
-    """What each method draws for each target, step by step."""
-    strips = sorted({(target, method) for target, method, steps in film if steps})
-    side, above = 184, 44  # pixels of nine images, and of the text above
-    size = side * (1 + len(args.test_steps)), (side + above) * len(strips)
-    canvas = Image.new("L", size, 255)
-    ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
+    """What each method draws for each target, step by step: {(target, method, steps): [4, 784]}"""
+    columns = [steps for steps in args.test_steps if steps not in (0, 2)]  # to fit into 960 pixels
+    strips = sorted({(target, method) for target, method, _ in film
+                     if method not in ("real images", "support repeated")})
+    side, above = 120, 40  # pixels of four images, and of the text above
+    canvas = Image.new("L", (960, (side + above) * len(strips)), 255)
+    ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         ink.text((4, y), f"{target}, {method}", 0, font)
-        sheets = {"support": film[target, "support repeated", 0]}
-        sheets |= {f"step {steps}": film[target, method, steps] for steps in args.test_steps}
+        sheets = {f"step {steps}": film[target, method, steps] for steps in columns
+                  if (target, method, steps) in film}
+        sheets = sheets or {"samples": film[target, method, 0]}  # of a Gaussian
+        sheets = {"support": film[target, "support repeated", 0], **sheets}
         for j, (label, images) in enumerate(sheets.items()):
-            ink.text((side * j + 4, y + 20), label, 0, font)
-            canvas.paste(picture(images, 3, 2), (side * j, y + above))
+            ink.text((side * j + 4, y + 18), label, 0, font)
+            canvas.paste(picture(images, 2, 2), (side * j, y + above))
     return canvas
 
 # 8  Data and files --------------------------------------------------------------------
@@ -694,9 +775,7 @@ def load_domains(args):
             titles.append(title)
             names = [f"{title} {label}" for label in classes]
             for name, content in zip(names, classes.values()):
-                require(len(content) >= args.shots + 4,  # a test compares 2 with 2
-                        f"'{name}' has {len(content)} images: they allow --shots "
-                        f"{len(content) - 4} or less, not {args.shots}")
+                require(len(content) > 1, f"'{name}' has only one image")
                 same = name not in images or torch.equal(images[name], content)
                 require(same, f"two classes are called '{name}'")
                 images[name] = content
@@ -708,7 +787,9 @@ def load_domains(args):
     test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
     require(len(images) > 1 and (train or args.test is not None),
             "too few classes: 2 to test, and to train, a third of each data set is held out")
-    fewest = min(map(len, images.values()))
+    fewest = min(len(images[name]) for name in test)
+    require(fewest >= args.shots + 4,  # a test compares 2 with 2
+            f"a class to test has {fewest} images: that allows --shots {fewest - 4} or less")
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
@@ -1082,6 +1163,7 @@ def make_parser():
     option("meta_steps", Settings.meta_steps, "episodes")
     option("meta_batch", Settings.meta_batch, "pairs of an episode")
     option("meta_lr", Settings.meta_lr, "outer learning rate")
+    option("made_up", Settings.made_up, "share of tasks that get random shapes")
     option = options_of("test")
     option("test", None, "test RUN's start, or the one in assets, on all classes of --target",
            **run_or_shipped)
@@ -1107,8 +1189,10 @@ def parse(argv):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         require(name in used[mode], f"{flag} is of no use here")
         if isinstance(value, (int, float)):
-            least = 0 if name in ("seed", "warm_steps") else 1 if isinstance(value, int) else 1e-9
-            require(least <= value < 2 ** 31, f"{flag} must be from {least} on, and below 2^31")
+            zero = name in ("seed", "warm_steps", "made_up")
+            least = 0 if zero else 1 if isinstance(value, int) else 1e-9
+            most = 1 if name == "made_up" else 2 ** 31 - 1
+            require(least <= value <= most, f"{flag} must be from {least} to {most}")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
         args.source = args.source if "source" in given else []

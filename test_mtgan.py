@@ -312,12 +312,28 @@ def test_support_and_query_are_disjoint_and_of_their_classes():
         assert set(images[:, 0].tolist()) == {number}
         assert sorted(images[:, 1].tolist()) == list(range(40))     # each once
 
+def test_a_small_class_is_filled_up():
+    """Support and query are never of the same image, and a copy is a slightly altered image."""
+    torch.manual_seed(0)
+    images = torch.zeros(9, 28, 28, dtype=torch.uint8)
+    for i in range(9):                          # a bright bar, as bright as its number says
+        images[i, 6:22, 12:16] = 90 + 18 * i
+    drawn = (mtgan.sample(images.view(9, 784), 6, 20) + 1) * 127.5
+    assert drawn.shape == (26, 784)
+    numbers = ((drawn.amax(1) - 90) / 18).round().int().tolist()
+    support, query = set(numbers[:6]), set(numbers[6:])
+    assert support | query == set(range(9)) and not support & query
+    assert len(drawn.unique(dim=0)) == 26       # no two are the same
+    for x, number in zip(drawn.view(26, 28, 28), numbers):
+        assert (x - images[number]).abs().mean() < 20 and x.min() > -1e-3
+
 def test_tasks_are_made_up_and_mixed():
     torch.manual_seed(0)
     known = torch.tensor([2.0, 3.0] * 100).view(200, 1, 1).expand(-1, 20, 784)  # not in [-1, 1]
+    made_up = functools.partial(mtgan.with_made_up, share=0.7)
     kept, own = ((function(known) == known).all(-1).double().mean(1)       # [200]
-                 for function in (mtgan.with_made_up, mtgan.with_mixtures))
-    assert set(kept.tolist()) == {0, 1} and abs(1 - kept.mean() - mtgan.MADE_UP) < 0.1
+                 for function in (made_up, mtgan.with_mixtures))
+    assert set(kept.tolist()) == {0, 1} and abs(1 - kept.mean() - 0.7) < 0.1
     assert abs((own < 1).double().mean() - mtgan.MIXED) < 0.1 > abs(own[own < 1].mean() - 0.5)
 
 def test_pairs_are_drawn_from_all():
@@ -348,19 +364,19 @@ def test_pairs_of_domains(source, target, pairs, test, offline):
 
 def test_ordinary_training_has_made_up_domains_and_leaves_its_start_alone(tmp_path, monkeypatch):
     seen, made_up = [], mtgan.with_made_up
-    monkeypatch.setattr(mtgan, "with_made_up", lambda x: seen.append(x.shape) or made_up(x))
+    monkeypatch.setattr(mtgan, "with_made_up", lambda x, share: seen.append((x.shape, share)) or made_up(x, share))
     monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
     with patch.multiple(mtgan, **{k: v for k, v in SMALL.items() if k.endswith("SIZES")}):
         start = mtgan.new_players()
         before = mtgan.each(torch.clone, start)
         trained = mtgan.train_gan("a", start, 2, numbered(), parsed("--out", tmp_path))
-    assert seen == [(4, 16, 784)] * 2 and distance(start.theta, before.theta) == 0
+    assert seen == [((4, 16, 784), 0.7)] * 2 and distance(start.theta, before.theta) == 0
     assert all(distance(*pair) > 0 for pair in zip(trained, start))
 
 def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     seen, original = set(), mtgan.sample_images
-    monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, n: seen.update(classes)
-                        or original(domains, classes, n))
+    monkeypatch.setattr(mtgan, "sample_images", lambda domains, classes, *n: seen.update(classes)
+                        or original(domains, classes, *n))
     settings = parsed("--source", "strokes", "--target", "shapes:0-5", "--dry-run",
                       "--meta-batch", 2, "--out", tmp_path)
     monkeypatch.setattr(mtgan, "TRANSFER_STEPS", 2)
@@ -372,13 +388,13 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
     assert seen and not seen & held_out
 
-@patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1), MADE_UP=0)
+@patch.multiple(mtgan, GENERATOR_SIZES=(3, 4, 1), DISCRIMINATOR_SIZES=(2, 4, 1), QUERIES=35)
 def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     """The outer rate falls; an episode has the source and target of a pair, and no image twice."""
     lrs, moves, original = [], [], mtgan.apply_gradients
     def gradient(start, support, query, algorithm):
         assert lrs or torch.allclose(start.log_rates[0].exp().T, torch.tensor([2e-3, 1e-3]))
-        assert query.shape[1] == 35             # what the smallest class has left
+        assert query.shape[1] == 35
         numbers = ((torch.cat([support, query], 1) + 1) * 127.5).round().int()
         target, source = numbers[:, 0, 0]       # mixed
         assert source in (0, 1, 2) and target in (3, 4, 5)
@@ -393,7 +409,8 @@ def test_the_outer_loops_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr(mtgan, "apply_gradients", apply_gradients)
     monkeypatch.setattr(mtgan, "with_mixtures", lambda images: images.flip(0))
     monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
-    args = parsed("--shots", 5, "--meta-steps", 4, "--meta-lr", 0.1, "--out", tmp_path)
+    args = parsed("--shots", 5, "--meta-steps", 4, "--meta-lr", 0.1, "--out", tmp_path,
+                  "--made-up", 0)
     mtgan.meta_train(mtgan.new_players(), numbered(), args)
     assert np.allclose(lrs, np.outer([0.1, 0.1, 0.1, 0.05], [1, 15]).ravel())
     for weights, rates in zip(moves[::2], moves[1::2]):
@@ -468,9 +485,25 @@ def test_frechet_distance():
 
 def test_interval():
     values = [1.0, 2.0, 4.0, 7.0, 11.0, 3.0, 2.0, 5.0, 6.0, 9.0]
-    mean, _, found = mtgan.interval(values).split()
-    assert mean == "5.00" and abs(float(found) - 2 * np.std(values, ddof=1) / 10 ** 0.5) < 0.006
-    assert mtgan.interval([10.4]) == "10 ± 0"
+    mean, two = mtgan.interval(values)
+    assert mean == 5 and abs(two - 2 * np.std(values, ddof=1) / 10 ** 0.5) < 1e-9
+    assert mtgan.cell([10.4]) == "10 ± 0" and mtgan.cell([1.0, 3.0]) == "2.00 ± 2.00"
+    assert mtgan.cell([1.0, math.inf]) == mtgan.cell([math.nan]) == "-"
+
+def test_a_plot():
+    """A power law is a straight line, in its colour; what needs no GAN is a level."""
+    def row(method, steps, frechet):
+        return {"method": method, "steps": steps, "frechet": frechet}
+    rows = [row("MT-GAN", steps, 1000 / steps) for steps in (1, 3, 10, 100)]
+    rows += [row("MT-GAN", 0, 5e3), row("diverged", 1, math.inf), row("Gaussian", 0, 100.0)]
+    pixels = np.asarray(mtgan.plot(rows)).astype(int)
+    blue = np.abs(pixels - [0, 0x72, 0xB2]).max(-1) < 10
+    blue[:100, 540:] = False                    # the legend
+    y, x = np.nonzero(blue)
+    assert pixels.shape == (500, 800, 3) and np.corrcoef(x, y)[0, 1] > 0.999
+    assert x.min() < 65 and x.max() > 775
+    at_10 = y[abs(x - 420) < 2].mean()          # halfway from 1 to 100, where the level is, too
+    assert abs((np.abs(pixels[:, 700] - 0x60).max(-1) < 10).argmax() - at_10) < 3
 
 def test_judging_samples():
     torch.manual_seed(0)
@@ -520,16 +553,17 @@ def test_what_needs_no_gan():
 
 def test_a_filmstrip():
     """The support, then the steps, in the order of their numbers; its film is left as it was."""
-    film = {("t", "m", steps): torch.full((9, 784), steps / 100) for steps in (0, 1, 10)}
-    film["t", "support repeated", 0] = torch.full((9, 784), 0.9)
+    film = {("t", "m", steps): torch.full((4, 784), steps / 100) for steps in (0, 1, 10)}
+    film["t", "support repeated", 0] = torch.full((4, 784), 0.9)
+    film["t", "Gaussian", 0] = torch.full((4, 784), -0.5)
     labels, kept = [], dict(film)
     def text(ink, at, label, *_):
         labels.append(label)
     with patch.object(mtgan.ImageDraw.ImageDraw, "text", text):
         strip = mtgan.filmstrip(film, Mock(test_steps=(0, 1, 10)))
-    assert labels == ["t, m", "support", "step 0", "step 1", "step 10"] and film == kept
-    grey = [strip.getpixel((184 * i + 20, 60)) for i in range(4)]
-    assert grey[0] > grey[3] > grey[2] >= grey[1] > 100
+    assert labels == ["t, Gaussian", "support", "samples", "t, m", "support", "step 1", "step 10"]
+    grey = [strip.getpixel((120 * i + 20, y)) for y in (60, 220) for i in range(3)]
+    assert grey[0] == grey[3] > grey[5] > grey[4] > grey[1] and grey[2] == 255 and film == kept
 
 # What a meta-step costs: python test_mtgan.py ----------------------------------------------------
 class Counted(TorchDispatchMode):       # counts the torch operators called
@@ -547,7 +581,7 @@ def benchmark(repetitions=5):
     leaves = [leaf.requires_grad_() for leaf in leaves]
     def draw():
         images = mtgan.sample_images(domains, domains.train[0], settings.shots + mtgan.QUERIES)
-        return mtgan.split(mtgan.with_made_up(images), settings.shots)
+        return mtgan.split(mtgan.with_made_up(images, settings.made_up), settings.shots)
     def meta_step(gradient, support, query):
         mtgan.apply_gradients(optimizer, mtgan.unit(gradient(support, query)[1])[:-1])
     episode = draw()
@@ -1072,7 +1106,7 @@ def test_results_of_two_seeds(finished, pictures, tmp_path):
     with Image.open(tmp_path / "progress.png") as rows:     # support and three stages, two targets
         assert rows.size == (2 * (16 * 29 + 1), 2 * (4 * 29 + 1))
     with Image.open(tmp_path / "adaptation.png") as strip:
-        eel, _, _, fox, _, _ = (row[:44] for row in np.split(np.asarray(strip), 6))
+        eel, *_, fox, _, _, _, _ = (row[:40] for row in np.split(np.asarray(strip), 10))
     assert not np.array_equal(eel, fox)         # the longest label ends with the class
 
 def test_a_run_goes_on_as_what_it_is(finished, pictures, tmp_path, monkeypatch, capsys):
@@ -1234,6 +1268,7 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     assert table(finished, f"{finished}/") == one               # one run, named twice
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "seed": 7}}))
     two = table(finished, tmp_path)
+    assert all((finished / f"results{kind}.png").exists() for kind in ("", "-of-2"))
     assert one[0] == f"{report['domains']}, n = 2" and two[0].endswith("n = 4")
     assert one[1] == two[1] and two[2] < one[2] / 1.6
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "shots": 7}}))
