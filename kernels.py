@@ -253,9 +253,10 @@ def fused_linear(x, weight, bias, slope=0.2, *, backend=None):
     """leaky_relu(x Wᵀ + b, slope) [T, B, N], with reverse-mode gradients of every order.
 
     x [T, B, K], weight [T, N, K], bias [T, N]: float32 or float64, any strides (expand what tasks
-    share). Slope 1 is no activation, 0 is ReLU; below 0, y would not tell m. backend: "auto",
-    "torch" or "triton", by default `default_backend`. torch.func's grad and vjp work, vmap
-    and jvp do not. Raises ValueError, TypeError (dtypes), and RuntimeError where Triton cannot run.
+    share). Slope 1 is no activation, 0 is ReLU (but -inf gives nan); below 0, y would not tell m.
+    backend: "auto", "torch" or "triton", by default `default_backend`. torch.func's grad and vjp
+    work; its vmap and jvp, and torch.autocast, do not.
+    Raises ValueError, TypeError (dtypes), and RuntimeError where Triton cannot run.
     """
     backend = backend or default_backend
     tensors = [x, weight, bias]

@@ -61,7 +61,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageStat, PngImagePlugin
 from torch.func import grad, vjp
-from torchvision.transforms import InterpolationMode
 
 import kernels
 from kernels import Recorded, fused_linear
@@ -270,16 +269,26 @@ def sample(images, *counts):
     order, n = torch.randperm(len(images)), sum(counts)
     if n <= len(images):
         return images[order[:n]] / 127.5 - 1
-    alter = torchvision.transforms.RandomAffine(12, (0.06, 0.06), (0.85, 1.15), fill=-1.0,
-                                                interpolation=InterpolationMode.BILINEAR)
     sampled = []
     for part, count in zip(order.tensor_split(len(counts)), counts):
         own = images[part] / 127.5 - 1
-        sampled.append(own[:count])
-        for i in range(len(own), count):
-            copy = alter(own[i % len(own)].view(1, 28, 28))
-            sampled.append(copy.view(1, PIXELS))
+        copies = altered(own[torch.arange(count) % len(own)])
+        sampled += [own[:count], copies[len(own):]]
     return torch.cat(sampled)
+
+def altered(images):
+    """Copies of images [n, 784], each turned, scaled and moved a little."""
+    n = len(images)
+
+    def uniform(most):
+        return most * (2 * torch.rand(n) - 1)
+
+    angle, scale = uniform(0.2), 1 + uniform(0.15)  # 0.2 is 12 degrees
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # the frame is 2
+    grid = F.affine_grid(affine.view(n, 2, 3), (n, 1, 28, 28), align_corners=False)
+    light = images.view(n, 1, 28, 28) + 1  # so that 0, which lies outside of the frame, is black
+    return F.grid_sample(light, grid, align_corners=False).flatten(1) - 1
 
 def sample_images(domains, classes, *counts):
     """Images of each class  # [T, sum of counts, 784]"""
@@ -644,18 +653,22 @@ def print_tables(folders):
             "noise: see how far real images are from others of their class")
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
-        for method in dict.fromkeys(row["method"] for row in rows):
-            line = f"{method:24}"
-            for steps in columns:
-                values = [row[metric] for row in rows
-                          if (row["method"], row["steps"]) == (method, steps)]
-                line += f"{cell(values):>14}" if values else ""
-            say(line)
+        values = collect(rows, metric)
+        for method in dict.fromkeys(method for method, _ in values):
+            cells = [cell(values.get((method, steps), [])) for steps in columns]
+            say(f"{method:24}" + "".join(f"{text:>14}" for text in cells).rstrip())
         if not all(math.isfinite(row[metric]) for row in rows):
             say("-: not finite, as where a GAN diverged or a class has copies of one picture")
     path = Path(folders[0], f"results-of-{len(paths)}.png" if len(paths) > 1 else "results.png")
-    save(path, plot(rows))
+    save(path, plot(collect(rows, "frechet")))
     say(f"\n{path} shows the first of these tables")
+
+def collect(rows, metric):
+    """All values of a metric, as {(method, steps): values}."""
+    values = {}
+    for row in rows:
+        values.setdefault((row["method"], row["steps"]), []).append(row[metric])
+    return values
 
 def interval(values):
     """The mean, and two standard errors: about the 95 % interval of independent values."""
@@ -665,25 +678,23 @@ def interval(values):
 
 def cell(values):
     """The interval as it stands in a table."""
+    if not values:
+        return ""
     mean, two = interval(values)
     if not math.isfinite(mean):
         return "-"
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
-def plot(rows):
-    """Fréchet distance against steps, both logarithmic: for each GAN a line within its interval,
-    for what needs no GAN a level. Drawn at twice the size, as making it small smooths the lines."""
-    gans = list(dict.fromkeys(row["method"] for row in rows if row["steps"]))
-    values = {}
-    for row in rows:
-        if row["steps"] or row["method"] not in gans:  # log(0) is not to be seen
-            values.setdefault((row["method"], row["steps"]), []).append(row["frechet"])
-    points = {key: interval(found) for key, found in values.items()}
-    points = {key: (mean, two) for key, (mean, two) in points.items() if mean > 0}  # no nan
-    steps = sorted({step for _, step in points if step})
+def plot(values):
+    """Fréchet distance against steps, both logarithmic, of {(method, steps): values}: for each GAN
+    a line within its interval, for what needs no GAN a level."""
+    gans = list(dict.fromkeys(method for method, step in values if step))
+    points = {(method, step): interval(found) for (method, step), found in values.items()
+              if np.isfinite(found).all() and (step or method not in gans)}
     means = [mean for mean, _ in points.values()]
-    low, high = 0.8 * min(means), 1.2 * max(means)
-    canvas = Image.new("RGB", (1600, 1000), "white")
+    low, high = 0.8 * min(means) + 1e-9, 1.2 * max(means) + 1e-8
+    steps = sorted({step for _, step in values if step})
+    canvas = Image.new("RGB", (1600, 1000), "white")  # made small at the end, to be smooth
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(30)
 
     def place(step, distance):  # in pixels
@@ -699,26 +710,24 @@ def plot(rows):
     for distance in (digit * 10.0 ** power for power in range(-3, 9) for digit in (1, 2, 5)):
         if low < distance < high:
             level(distance, "#e0e0e0", f"{distance:g}", "rm", -15, 0)
+    for method, step in points:
+        if not step:
+            level(points[method, 0][0], "#606060", method, "lb", 10, -5)
     for step in steps:
         pen.text((place(step, low)[0], 915), str(step), "black", font, "mt")
     pen.text((840, 955), "steps of adaptation", "black", font, "mt")
     pen.text((20, 5), "Frechet distance", "black", font)  # Pillow's font has no accents
-
-    for method, _ in points:
-        if method not in gans:
-            level(points[method, 0][0], "#606060", method, "lb", 10, -5)
     for i, (method, colour) in enumerate(zip(gans, COLOURS)):
         line = [(step, *points[method, step]) for step in steps if (method, step) in points]
-        if not line:  # it diverged
-            continue
         upper = [place(step, mean + two) for step, mean, two in line]
         lower = [place(step, mean - two) for step, mean, two in line]
-        middle = [place(step, mean) for step, mean, _ in line]
-        pen.polygon(upper + lower[::-1], f"{colour}40")
+        middle, legend = [place(step, mean) for step, mean, _ in line], (1120, 60 + 45 * i)
+        if line:
+            pen.polygon(upper + lower[::-1], f"{colour}40")
         pen.line(middle, colour, 6)
-        for x, y in [*middle, (1120, 60 + 45 * i)]:
+        for x, y in [*middle, legend]:
             pen.regular_polygon((x, y, 12), 3 + i, fill=colour)
-        pen.text((1150, 60 + 45 * i), method, colour, font, "lm")
+        pen.text((1150, legend[1]), method, colour, font, "lm")
     return canvas.resize((800, 500), Image.LANCZOS)
 
 def picture(images, columns, zoom):
@@ -821,22 +830,24 @@ def load_torchvision(name, data_dir):
     kind = getattr(torchvision.datasets, TORCHVISION[name])
     socket.setdefaulttimeout(20)
 
-    def parts_of(download):
-        return [kind(data_dir, train, download=download) for train in (True, False)]
+    def parts_of(folder, download):
+        return [kind(folder, train, download=download) for train in (True, False)]
 
     try:
         try:
-            parts = parts_of(download=False)
-        except RuntimeError:  # nothing there. One run downloads, and others wait for it
-            os.makedirs(data_dir, exist_ok=True)
-            with filelock.FileLock(Path(data_dir, ".lock")):
-                parts = parts_of(download=True)
+            parts = parts_of(data_dir, download=False)
+        except RuntimeError:  # nothing there, or not all
+            downloads = Path(data_dir, "downloads")  # so that a user's files are left alone
+            downloads.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(downloads / ".lock"):  # another run waits, and finds them
+                parts = parts_of(downloads, download=True)
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
         raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). They "
-                        f"belong into {Path(data_dir, kind.__name__, 'raw')}. To try the program "
-                        "without data, take strokes and shapes") from None
+                        f"belong into {Path(data_dir, kind.__name__, 'raw')}, with names such as "
+                        "train-images-idx3-ubyte. To try the program without data, take strokes "
+                        "and shapes") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -1004,8 +1015,11 @@ def average_of_processes(gradients):
     if PROCESSES == 1:
         return gradients
     gradients = [g.contiguous() for g in gradients]
-    for g in gradients:
-        torch.distributed.all_reduce(g)
+    try:
+        for g in gradients:
+            torch.distributed.all_reduce(g)
+    except RuntimeError:
+        raise UserError("another process has ended: the same command goes on from here") from None
     return [g / PROCESSES for g in gradients]
 
 class Progress:
