@@ -44,8 +44,8 @@ inner step contains a gradient, so this takes gradients of gradients. Reptile ta
 the start towards the weights at which the inner steps arrived. Each is scaled to length one,
 because their lengths cannot be compared.
 """
-import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re, socket
-import sys, time
+import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re
+import socket, sys, time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -272,23 +272,24 @@ def sample(images, *counts):
     sampled = []
     for part, count in zip(order.tensor_split(len(counts)), counts):
         own = images[part] / 127.5 - 1
-        copies = altered(own[torch.arange(count) % len(own)])
+        copies, = altered(own[None, torch.arange(count) % len(own)])
         sampled += [own[:count], copies[len(own):]]
     return torch.cat(sampled)
 
-def altered(images):
-    """Copies of images [n, 784], each turned, scaled and moved a little."""
-    n = len(images)
+def altered(images, strength=1.0):
+    """Copies of images [T, n, 784], each turned, scaled and moved a little, as a gradient can
+    follow."""
+    shape, n = images.shape, images.shape[0] * images.shape[1]
 
     def uniform(most):
-        return most * (2 * torch.rand(n) - 1)
+        return most * strength * (2 * torch.rand(n) - 1)
 
     angle, scale = uniform(0.2), 1 + uniform(0.15)  # 0.2 is 12 degrees
     cos, sin = scale * angle.cos(), scale * angle.sin()
     affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # the frame is 2
     grid = F.affine_grid(affine.view(n, 2, 3), (n, 1, 28, 28), align_corners=False)
-    light = images.view(n, 1, 28, 28) + 1  # so that 0, which lies outside of the frame, is black
-    return F.grid_sample(light, grid, align_corners=False).flatten(1) - 1
+    light = images.reshape(n, 1, 28, 28) + 1  # so that 0, which lies outside of it, is black
+    return F.grid_sample(light, grid, align_corners=False).view(shape) - 1
 
 def sample_images(domains, classes, *counts):
     """Images of each class  # [T, sum of counts, 784]"""
@@ -413,20 +414,22 @@ def apply_gradients(optimizer, gradients):
     optimizer.step()
     return optimizer.found_inf
 
-def gan_step(players, optimizers, real, z, average=list):
+def gan_step(players, optimizers, real, z, average=list, shown=lambda images: images):
     """An ordinary step of D, then one of G, in place. Returns numbers to print.
-    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: of gradients."""
+    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: of gradients,
+    shown: what D sees of images, real or drawn."""
     optimizer_g, optimizer_d = optimizers
     theta, phi = each(differentiable, players)  # they share memory with the players
     fake = generator(theta, z)  # [T, n, 784]
-    real_logits, to_images = vjp(lambda real: discriminator(phi, real), real)
+    seen = shown(fake)
+    real_logits, to_images = vjp(lambda real: discriminator(phi, real), shown(real))
     slope, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
     penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # keeps D and G from circling
-    d = (loss_d(real_logits, discriminator(phi, fake.detach())) + penalty).sum()
+    d = (loss_d(real_logits, discriminator(phi, seen.detach())) + penalty).sum()
     skipped_d = apply_gradients(optimizer_d, average(torch.autograd.grad(d, phi)))
 
     # players.phi is the new D, and a constant, so that no time goes into its gradient.
-    g = loss_g(discriminator(players.phi, fake), fake, real).sum()
+    g = loss_g(discriminator(players.phi, seen), fake, real).sum()
     skipped_g = apply_gradients(optimizer_g, average(torch.autograd.grad(g, theta)))
     return {"skipped": torch.maximum(skipped_d, skipped_g), "D": d.detach(), "G": g.detach()}
 
@@ -507,6 +510,8 @@ def few_shot(support, start, lr=ADAM_LR):
 
     A `Start` first takes its learned inner steps. Then, and for `Players` from the beginning,
     come ordinary GAN steps by Adam at the rate lr, which change the yielded tensors in place.
+    In these D sees altered copies of all images, so that it does not learn the few real ones by
+    heart (Zhao et al. 2020, arXiv 2006.10738).
     """
     players = each(lambda p: p.expand(len(support), *p.shape[1:]), start)
     yield players.theta
@@ -515,7 +520,9 @@ def few_shot(support, start, lr=ADAM_LR):
             players = Players(*inner_step(*players, rates, support, second_order=False))
             yield players.theta
     players = each(torch.clone, players)
-    step_on = Recorded(partial(gan_step, players, [adam(weights, lr) for weights in players]))
+    optimizers = [adam(weights, lr) for weights in players]
+    shown = partial(altered, strength=0.5)
+    step_on = Recorded(partial(gan_step, players, optimizers, shown=shown))
     while True:
         step_on(support, noise(len(support), FAKES))
         yield players.theta
@@ -950,6 +957,8 @@ def save_start(start, domains, args):
 def load_start(path):
     """The `Start` in an mtgan.pt or in a run's folder, and a dict of what it was trained on."""
     path = Path(path, "mtgan.pt") if Path(path).is_dir() else Path(path)
+    require(path.exists(), f"there is no {path}: a RUN is the folder of a training run. Pictures "
+                           "are a --target")
     saved = load(path, "theta", "phi", "log_rates", "domains", "classes")
     ours = new_players()
     try:

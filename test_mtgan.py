@@ -248,16 +248,20 @@ def test_gan_step_is_two_plain_adam_steps():
     leaves = [p.clone() for p in start]
     real, z = torch.rand(2, 4, 7), torch.randn(2, 5, 3)
     players = mtgan.Players(leaves[:8], leaves[8:])
-    mtgan.gan_step(players, [mtgan.adam(weights, 0.01) for weights in players], real, z)
+    optimizers = [mtgan.adam(weights, 0.01) for weights in players]
+    mtgan.gan_step(players, optimizers, real, z, shown=lambda images: images / 2)    # to D alone
     for t in range(2):
         own = [p[t].clone().requires_grad_() for p in start]
         theta, phi = own[:8], own[8:]
         fake = mlp(theta, z[t], 0).tanh()
-        x = real[t].clone().requires_grad_()
-        logits, other = mlp(phi, x, 0.2)[:, 0], mlp(phi, fake.detach(), 0.2)[:, 0]
+        x = (real[t] / 2).requires_grad_()
+        logits, other = mlp(phi, x, 0.2)[:, 0], mlp(phi, fake.detach() / 2, 0.2)[:, 0]
         slope, = grad(logits.sum(), x, create_graph=True)
         loss_d = mtgan.loss_d(logits, other) + mtgan.R1 / 2 * slope.square().sum() / 4
-        for player, loss in ((phi, lambda: loss_d), (theta, lambda: loss_g(phi, fake, real[t]))):
+        def of_g():
+            logits = mlp(phi, fake / 2, 0.2).T
+            return mtgan.loss_g(logits, fake[None], real[t:t + 1]).sum()
+        for player, loss in ((phi, lambda: loss_d), (theta, of_g)):
             adam = torch.optim.Adam(player, 0.01, betas=(0.5, 0.999))
             for p, g in zip(player, grad(loss(), player)):
                 p.grad = g
@@ -320,6 +324,7 @@ def test_a_small_class_is_filled_up():
     images = torch.zeros(9, 28, 28, dtype=torch.uint8)
     for i in range(9):                          # a bright bar, as bright as its number says
         images[i, 6:22, 12:16] = 90 + 18 * i
+    assert (mtgan.altered(torch.full((2, 3, 784), -1.0)) == -1).all()      # black stays black
     drawn = (mtgan.sample(images.view(9, 784), 6, 20) + 1) * 127.5
     assert drawn.shape == (26, 784)
     numbers = ((drawn.amax(1) - 90) / 18).round().int().tolist()
@@ -366,7 +371,8 @@ def test_pairs_of_domains(source, target, pairs, test, offline):
 
 def test_ordinary_training_has_made_up_domains_and_leaves_its_start_alone(tmp_path, monkeypatch):
     seen, made_up = [], mtgan.with_made_up
-    monkeypatch.setattr(mtgan, "with_made_up", lambda x, share: seen.append((x.shape, share)) or made_up(x, share))
+    monkeypatch.setattr(mtgan, "with_made_up", lambda *a: seen.append((a[0].shape, a[1]))
+                        or made_up(*a))
     monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)
     with patch.multiple(mtgan, **{k: v for k, v in SMALL.items() if k.endswith("SIZES")}):
         start = mtgan.new_players()
@@ -438,7 +444,7 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     torch.manual_seed(0)
     players, original, seen = mtgan.new_players(), mtgan.gan_step, []
     rates, support = torch.full((3, 2, 4), 1e-3).log(), torch.rand(1, 5, 784)
-    monkeypatch.setattr(mtgan, "gan_step", lambda *a: seen.append(a) or original(*a))
+    monkeypatch.setattr(mtgan, "gan_step", lambda *a, **k: seen.append(a) or original(*a, **k))
     def adapted(start, steps):
         torch.manual_seed(1)
         thetas = itertools.islice(mtgan.few_shot(support, start, 1e-3), steps + 1)
@@ -1286,7 +1292,7 @@ def test_deployment(finished, pictures, tmp_path, monkeypatch, capsys):
     shutil.copy(finished / "mtgan.pt", alone)                   # all that is needed
     adapt, out = ["--adapt", alone, "--target", mine, "--steps", 3], mine / "cat" / "out"
     steps, gan_step = [], mtgan.gan_step
-    monkeypatch.setattr(mtgan, "gan_step", lambda *a: steps.append(1) or gan_step(*a))
+    monkeypatch.setattr(mtgan, "gan_step", lambda *a, **k: steps.append(1) or gan_step(*a, **k))
     for place in (out, tmp_path / "again", tmp_path / "again"):     # the same bits, three times
         assert program(*adapt, "--samples", 5, "--out", place) == 0
     assert len(steps) == 3 * (3 - 2)                            # after the learned ones
@@ -1392,10 +1398,10 @@ def test_the_start_that_comes_along(tmp_path):
     real = mtgan.load_folder(hearts)["(loose)"].double().mean(0)
     assert np.corrcoef(samples.mean(0).ravel(), real)[0, 1] > 0.7
 
-def test_readmes_recipe():
-    readme = Path(mtgan.__file__).with_name("README.md").read_text()
-    code, names = readme.split("```python\n")[1].split("```")[0], {"support": torch.rand(2, 5, 784)}
-    exec(code, names)
+def test_the_recipe_for_a_classifier():
+    text = Path(mtgan.__file__).with_name("findings") / "EXPERIMENTS.md"
+    code = text.read_text().split("for a classifier")[1].split("```python\n")[1].split("```")[0]
+    exec(code, names := {"support": torch.rand(2, 5, 784)})
     assert code.count("\n") <= 15 and names["images"].shape == (len(names["labels"]), 784)
     assert set(names["labels"].tolist()) == {0, 1}
 
