@@ -16,8 +16,8 @@ The words of this file:
     shots        how many images are given
     support      these images
     query        other images of the domain, which only score what was learned
-    pair         two domains, one of --source and one of --target; in training they are simply
-                 two tasks, while tests use only target domains that training never saw
+    pair         two domains, one of --source and one of --target, which training takes as two
+                 separate tasks; tests use only target domains that training never saw
     episode      the tasks of one pair (or of --meta-batch pairs), as one batch of T tasks
     inner step   a step of D and a step of G on the support of a task
     start        what every task starts from: theta, phi and the inner steps' learning rates
@@ -32,12 +32,12 @@ The whole algorithm, in the names of the functions below:
         theta_k, phi_k = theta, phi                 # a copy for every task
         for each inner step:                        # inner_step
             phi_k   -= rate * g / rms(g)            # g: gradient of loss_d on the support
-            theta_k -= rate * g / rms(g)            # g: gradient of loss_g on the support
+            theta_k -= rate * g / rms(g)            # g: of loss_g, against the new phi_k
         score = energy_distance(generator(theta_k, z), query)
         maml = d score / d (theta, phi, log rates)  # through all inner steps
         reptile = (theta, phi) - mean of the tasks' (theta_k, phi_k)
         direction = maml/|maml| + reptile/|reptile|
-        (theta, phi, log rates) -= Adam of direction/|direction|
+        (theta, phi, log rates) take a step of Adam, with direction/|direction| for gradient
 
 MAML asks how the start should change so that the score *after* the inner steps gets better. Each
 inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
@@ -47,12 +47,11 @@ because their lengths cannot be compared.
 import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re
 import socket, sys, time
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: threads that wait leave the CPU to others earlier.
+# Threads that wait should soon leave the CPU to others. Read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import filelock
 import numpy as np
@@ -65,9 +64,9 @@ from torch.func import grad, vjp
 import kernels
 from kernels import Recorded, fused_linear
 
-@dataclass
 class Settings:
-    """The hyper-parameters. 'Search': trials on other classes, see findings/EXPERIMENTS.md."""
+    """The hyper-parameters. 'By search' means the best in trials on classes that are neither
+    trained nor tested on (findings/EXPERIMENTS.md)."""
     algorithm: str = "both"  # by search: better than MAML alone and Reptile alone
     shots: int = 25          # an effort that a user can make
     inner_steps: int = 5     # an episode's memory and time grow with each
@@ -105,8 +104,12 @@ def new_players():
     return Players(layers(GENERATOR_SIZES), layers(DISCRIMINATOR_SIZES))
 
 def each(function, players):
-    """`Players` with a function applied to each tensor. Of a `Start` it takes the weights."""
+    """`Players` with a function applied to each tensor. A `Start`'s rates are left out."""
     return Players(list(map(function, players.theta)), list(map(function, players.phi)))
+
+def flat(weights):
+    """All tensors of `Players` or of a `Start`, in a list."""
+    return [*weights.theta, *weights.phi, *weights[2:]]
 
 def network(parameters, x, slope):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
@@ -168,12 +171,13 @@ def inner_step(theta, phi, rates, real, second_order=True):
     (Antoniou et al. 2019, arXiv 1810.09502). real: images [T, B, 784]. Without second_order the
     gradients become constants.
 
-    An inner gradient is *partial*. In the second step, `fake` depends on phi, because G's first
-    step was taken against this phi. D takes `fake` as given, so its own gradient must ignore this
-    dependence. But the outer gradient, which is computed later, must follow it.
-        torch.func.grad(f)(phi)   ignores it now and keeps it for later, as it should
-        torch.autograd.grad       would follow it already now
-        fake.detach()             would lose it for both
+    An inner gradient is *partial*: a player moves its own weights and takes all else as given.
+    But from the second step on, `fake` is itself a function of phi, because theta was moved by a
+    gradient that went through D. D's gradient must ignore this. The outer gradient must not.
+        torch.func.grad(f)(phi)   differentiates by f's argument. All else in f is a constant for
+                                  it, and stays in the graph of the outer gradient
+        torch.autograd.grad       would follow `fake` back to phi already now
+        fake.detach()             would cut it off from the outer gradient, too
     Neither mistake raises an error.
     """
     rates_g, rates_d = rates
@@ -224,18 +228,15 @@ def meta_gradient(start, support, query, algorithm):
     fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
     score = energy_distance(fake, query).mean()
 
-    leaves = [*shared.theta, *shared.phi, log_rates]
-    if algorithm != "reptile":
-        direction = torch.autograd.grad(score, leaves, materialize_grads=True)
-    if algorithm in ("reptile", "both"):
-        reptile = [p.detach() - adapted.detach().mean(0, keepdim=True)
-                   for p, adapted in zip(leaves[:-1], [*theta, *phi])]
-        reptile.append(torch.zeros_like(log_rates))  # Reptile has nothing to say of rates
-    if algorithm == "both":
-        direction = [m + r for m, r in zip(unit(direction), unit(reptile))]
-    elif algorithm == "reptile":
-        direction = reptile
-    return score.detach(), direction
+    reptile = [p.detach() - adapted.detach().mean(0, keepdim=True)
+               for p, adapted in zip(flat(shared), [*theta, *phi])]
+    reptile.append(torch.zeros_like(log_rates))  # Reptile has nothing to say of rates
+    if algorithm == "reptile":
+        return score.detach(), reptile
+    maml = torch.autograd.grad(score, [*flat(shared), log_rates], materialize_grads=True)
+    if algorithm != "both":
+        return score.detach(), maml
+    return score.detach(), [m + r for m, r in zip(unit(maml), unit(reptile))]
 
 def differentiable(tensor):
     return tensor.detach().requires_grad_()
@@ -251,7 +252,7 @@ QUERIES = 64  # images that score a generator
 # its support can tell what it looks like. These shares were found by search, too:
 MIXED = 0.3  # of tasks that take half of their images from another, as users' folders may
 PEN = 0.3  # of made-up domains that are outlines, as if drawn with a pen
-FILLED = 0.57  # of the others that fill the frame, as a pullover does
+FILLED = 0.57  # of made-up domains without a pen that fill the frame, as a pullover does
 
 class Domains(NamedTuple):
     """All images of a run, and what to train and to test on."""
@@ -265,7 +266,7 @@ def sample(images, *counts):
     """Random images of a class: uint8 [m, 784] -> [-1, 1] [sum of counts, 784].
 
     No image is in two of the counts, as in support and query. Where a class has too few, each
-    count gets an equal part of them, and then copies, slightly turned, moved and scaled."""
+    count gets an equal part of them, and as many altered copies of these as it lacks."""
     order, n = torch.randperm(len(images)), sum(counts)
     if n <= len(images):
         return images[order[:n]] / 127.5 - 1
@@ -286,7 +287,7 @@ def altered(images, strength=1.0):
 
     angle, scale = uniform(0.2), 1 + uniform(0.15)  # 0.2 is 12 degrees
     cos, sin = scale * angle.cos(), scale * angle.sin()
-    affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # the frame is 2
+    affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # frame: 2 wide
     grid = F.affine_grid(affine.view(n, 2, 3), (n, 1, 28, 28), align_corners=False)
     light = images.reshape(n, 1, 28, 28) + 1  # so that 0, which lies outside of it, is black
     return F.grid_sample(light, grid, align_corners=False).view(shape) - 1
@@ -311,7 +312,7 @@ def with_made_up(images, share):
 
 def with_mixtures(images):
     """Images [T, n, 784]. In some tasks half of them, in support and query alike, are taken from
-    another task: its mirror T - 1 - t, which with one pair is the other domain."""
+    the task at the same place from the end: with one pair, from the other domain."""
     tasks, n, _ = images.shape
     replaced = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(replaced, images.flip(0), images)
@@ -353,9 +354,9 @@ def level_sets(pen, n):
 
 # 6  Training --------------------------------------------------------------------------
 GAN_BATCH, GAN_LR = 64, 2e-4  # real images, and Adam's rate: usual ones for a GAN
-R1 = 10  # weight of a penalty on D's slope (Mescheder et al. 2018, arXiv 1801.04406)
-RATES_LR = 15  # the outer rate of log rates is so many times that of weights, by search
-TRANSFER_STEPS = 20  # ordinary steps take about as long as one pair of an episode (on 2 cores)
+R1 = 10  # weight of a penalty on D's steepness (Mescheder et al. 2018, arXiv 1801.04406)
+RATES_LR = 15  # log rates learn at so many times the outer rate of weights, by search
+TRANSFER_STEPS = 20  # one pair of an episode takes as long as so many ordinary steps (on 2 cores)
 SAVE_SECONDS = 30
 
 def reseed(*key):
@@ -403,12 +404,12 @@ def adam(tensors, lr):
     return torch.optim.Adam(tensors, lr, betas=(0.5, 0.999), fused=True, capturable=True)
 
 def apply_gradients(optimizer, gradients):
-    """A step of the optimizer with gradients [T, ...], skipped if every task has an inf or nan.
-    (In training T is 1. In tests one bad task spoils its own weights, and the others go on.)
-    Returns 1 if it was skipped, else 0  # []"""
+    """A step of the optimizer with gradients [T, ...]. In training T is 1: the step is skipped if
+    a gradient has an inf or nan. In tests, where it may spoil its own task, it is skipped only if
+    every task has one. Returns 1 if it was skipped, else 0  # []"""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])  # [tensors, T]
     some_task_is_fine = norms.isfinite().all(0).any()
-    optimizer.found_inf = 1 - some_task_is_fine.float()  # fused Adam then skips, on the device
+    optimizer.found_inf = 1 - some_task_is_fine.float()  # a 1 lets fused Adam skip
     for p, g in zip(optimizer.param_groups[0]["params"], gradients):
         p.grad = g.contiguous()  # fused Adam misreads a transposed gradient, silently
     optimizer.step()
@@ -416,15 +417,16 @@ def apply_gradients(optimizer, gradients):
 
 def gan_step(players, optimizers, real, z, average=list, shown=lambda images: images):
     """An ordinary step of D, then one of G, in place. Returns numbers to print.
-    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: of gradients,
-    shown: what D sees of images, real or drawn."""
+    real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: what is done to
+    gradients before they are used, shown: what D sees of images, real or drawn."""
     optimizer_g, optimizer_d = optimizers
-    theta, phi = each(differentiable, players)  # they share memory with the players
+    # These share memory with the players: apply_gradients changes both.
+    theta, phi = each(differentiable, players)
     fake = generator(theta, z)  # [T, n, 784]
     seen = shown(fake)
     real_logits, to_images = vjp(lambda real: discriminator(phi, real), shown(real))
-    slope, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
-    penalty = R1 / 2 * slope.square().sum(-1).mean(-1)  # keeps D and G from circling
+    steepness, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
+    penalty = R1 / 2 * steepness.square().sum(-1).mean(-1)  # keeps D and G from circling
     d = (loss_d(real_logits, discriminator(phi, seen.detach())) + penalty).sum()
     skipped_d = apply_gradients(optimizer_d, average(torch.autograd.grad(d, phi)))
 
@@ -437,7 +439,6 @@ def train_gan(stage, players, steps, domains, args):
     """Ordinary GAN training on four domains a step, most of them made up. Returns `Players`."""
     players = each(torch.clone, players)
     optimizers = [adam(weights, GAN_LR) for weights in players]
-    # On a CPU, Recorded changes nothing. On a GPU the step becomes a CUDA graph.
     step_on = Recorded(partial(gan_step, players, optimizers, average=average_of_processes))
 
     def do_step(_):
@@ -445,8 +446,8 @@ def train_gan(stage, players, steps, domains, args):
         real = with_made_up(real, args.made_up).reshape(1, GAN_BATCH, PIXELS)
         return step_on(real, noise(1, FAKES))
 
-    tensors, preview = [*players.theta, *players.phi], partial(draw_progress, stage, players)
-    run_stage(stage, steps, do_step, tensors, optimizers, args, partial(preview, domains, args))
+    run_stage(stage, steps, do_step, flat(players), optimizers, args,
+              lambda: draw_progress(stage, players, domains, args))
     return players
 
 def meta_train(warm, domains, args):
@@ -454,21 +455,20 @@ def meta_train(warm, domains, args):
     rates = args.inner_lr * torch.tensor([[1.0], [0.5]])  # of G and D
     layers = len(warm.theta) // 2
     start = Start(*each(torch.clone, warm), rates.log().repeat(args.inner_steps, 1, layers))
-    weights = [*start.theta, *start.phi]
-    lrs = torch.zeros(2).unbind()  # tensors, because a CUDA graph freezes plain numbers
-    optimizers = [adam(weights, lrs[0]), adam([start.log_rates], lrs[1])]
+    *weights, log_rates = flat(start)
+    # Each rate is a tensor, because a CUDA graph freezes plain numbers.
+    optimizers = [adam(tensors, torch.tensor(0.0)) for tensors in (weights, [log_rates])]
 
+    @Recorded
     def outer_step(support, query):
         score, direction = meta_gradient(start, support, query, args.algorithm)
         direction = average_of_processes(direction)
-        # Length one: every episode counts the same. Twice on purpose: if one number is inf, the
-        # first turns it into nan and the second turns all into nan, so that both optimizers skip.
+        # Of length one, so that every episode counts the same. The first unit turns an inf into
+        # nan, the second spreads this nan to every tensor, so that both optimizers skip.
         direction = unit(unit(direction))
         skipped = apply_gradients(optimizers[0], direction[:-1])
         apply_gradients(optimizers[1], direction[-1:])
         return {"skipped": skipped, "score": score}
-
-    outer_step = Recorded(outer_step)
 
     def do_step(step):
         lr = args.meta_lr * min(1, 2 - 2 * step / args.meta_steps)  # falls in the second half
@@ -479,9 +479,8 @@ def meta_train(warm, domains, args):
         images = with_mixtures(with_made_up(images, args.made_up))
         return outer_step(*split(images, args.shots))
 
-    stage, tensors = "meta-training", [*weights, start.log_rates]
-    preview = partial(draw_progress, stage, start, domains, args)
-    run_stage(stage, args.meta_steps, do_step, tensors, optimizers, args, preview)
+    run_stage("meta-training", args.meta_steps, do_step, flat(start), optimizers, args,
+              lambda: draw_progress("meta-training", start, domains, args))
     return start
 
 def train_all(domains, args):
@@ -505,11 +504,11 @@ METRICS = {"frechet": "Fréchet distance on the judge's features, lower is bette
            "nearest": "distance to the nearest support image, of real images 1"}
 
 def few_shot(support, start, lr=ADAM_LR):
-    """Adapt to a support [T, shots, 784]. Yields theta before the first step and after each,
-    without end.
+    """Adapt a `Start` or `Players` to a support [T, shots, 784]. Yields theta before the first
+    step and after each, without end. Use one before you ask for the next: Adam changes it in place.
 
     A `Start` first takes its learned inner steps. Then, and for `Players` from the beginning,
-    come ordinary GAN steps by Adam at the rate lr, which change the yielded tensors in place.
+    come ordinary GAN steps by Adam at the rate lr.
     In these D sees altered copies of all images, so that it does not learn the few real ones by
     heart (Zhao et al. 2020, arXiv 2006.10738).
     """
@@ -620,7 +619,7 @@ def judge_samples(x, support, real, reference, label, judge):
 def meta_test(methods, judge, domains, args):
     """Test {method: (start, Adam's rate)}, all on the same images of the held-out targets.
     Returns rows, a dict for every draw, method, number of steps and target; and four images of
-    each row of the first draw: {(target, method, steps): [4, 784]}."""
+    each row of the first draw: {(target, method): {steps: [4, 784]}}."""
     n = min(500, (domains.fewest - args.shots) // 2)  # images that are compared
     path, names = Path(args.out, "state", "test.pt"), list(domains.images)
     done, rows, film = load(path) if path.exists() else (0, [], {})
@@ -629,7 +628,7 @@ def meta_test(methods, judge, domains, args):
         reseed(args.seed, "test", seed)  # the same images for every method
         images = sample_images(domains, domains.test, args.shots + 2 * n)
         support, query = split(images, args.shots)
-        real, reference = query.chunk(2, 1)  # [T, n, 784]
+        real, reference = split(query, n)  # [T, n, 784]
         if method == "no GAN":
             drawn = [(name, 0, x) for name, x in without_a_gan(support, real, n).items()]
         else:
@@ -641,7 +640,7 @@ def meta_test(methods, judge, domains, args):
             for name, steps, x in drawn:
                 row = {"method": name, "seed": seed, "steps": steps, "target": target, "n": n}
                 rows.append(row | judge_samples(x[i], support[i], real[i], features, label, judge))
-                film.setdefault((target, name, steps), x[i, :4].clone())
+                film.setdefault((target, name), {}).setdefault(steps, x[i, :4].clone())
         save(path, (number, rows, film))
         args.progress.show("test", number, len(tests))
     return rows, film
@@ -660,47 +659,42 @@ def print_tables(folders):
             "noise: see how far real images are from others of their class")
     for metric, title in METRICS.items():
         say(f"\n{title}\n{'steps':24}" + "".join(f"{steps:>14}" for steps in columns))
-        values = collect(rows, metric)
-        for method in dict.fromkeys(method for method, _ in values):
-            cells = [cell(values.get((method, steps), [])) for steps in columns]
+        found = intervals(rows, metric)
+        for method in dict.fromkeys(method for method, _ in found):
+            cells = [cell(*found[method, steps]) if (method, steps) in found else ""
+                     for steps in columns]
             say(f"{method:24}" + "".join(f"{text:>14}" for text in cells).rstrip())
         if not all(math.isfinite(row[metric]) for row in rows):
             say("-: not finite, as where a GAN diverged or a class has copies of one picture")
     path = Path(folders[0], f"results-of-{len(paths)}.png" if len(paths) > 1 else "results.png")
-    save(path, plot(collect(rows, "frechet")))
+    save(path, plot(intervals(rows, "frechet")))
     say(f"\n{path} shows the first of these tables")
 
-def collect(rows, metric):
-    """All values of a metric, as {(method, steps): values}."""
-    values = {}
+def intervals(rows, metric):
+    """{(method, steps): (mean, two standard errors)}: about the 95 % interval of independent
+    values. The mean is not finite where a value is not."""
+    found = {}
     for row in rows:
-        values.setdefault((row["method"], row["steps"]), []).append(row[metric])
-    return values
+        found.setdefault((row["method"], row["steps"]), []).append(row[metric])
+    with np.errstate(invalid="ignore"):
+        return {key: (np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5)
+                for key, values in found.items()}
 
-def interval(values):
-    """The mean, and two standard errors: about the 95 % interval of independent values."""
-    if not np.isfinite(values).all():  # of which numpy would warn
-        return math.nan, math.nan
-    return np.mean(values), 2 * np.std(values) / max(1, len(values) - 1) ** 0.5
-
-def cell(values):
-    """The interval as it stands in a table."""
-    if not values:
-        return ""
-    mean, two = interval(values)
+def cell(mean, two):
+    """An interval as it stands in a table."""
     if not math.isfinite(mean):
         return "-"
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
-def plot(values):
-    """Fréchet distance against steps, both logarithmic, of {(method, steps): values}: for each GAN
-    a line within its interval, for what needs no GAN a level."""
-    gans = list(dict.fromkeys(method for method, step in values if step))
-    points = {(method, step): interval(found) for (method, step), found in values.items()
-              if np.isfinite(found).all() and (step or method not in gans)}
+def plot(found):
+    """Fréchet distance against steps, both logarithmic, of {(method, steps): (mean, two)}: for
+    each GAN a line within its interval, for what needs no GAN a level."""
+    gans = list(dict.fromkeys(method for method, step in found if step))
+    points = {(method, step): (mean, two) for (method, step), (mean, two) in found.items()
+              if math.isfinite(mean) and (step or method not in gans)}
     means = [mean for mean, _ in points.values()]
     low, high = 0.8 * min(means) + 1e-9, 1.2 * max(means) + 1e-8
-    steps = sorted({step for _, step in values if step})
+    steps = sorted({step for _, step in found if step})
     canvas = Image.new("RGB", (1600, 1000), "white")  # made small at the end, to be smooth
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(30)
 
@@ -726,9 +720,9 @@ def plot(values):
     pen.text((20, 5), "Frechet distance", "black", font)  # Pillow's font has no accents
     for i, (method, colour) in enumerate(zip(gans, COLOURS)):
         line = [(step, *points[method, step]) for step in steps if (method, step) in points]
-        upper = [place(step, mean + two) for step, mean, two in line]
-        lower = [place(step, mean - two) for step, mean, two in line]
-        middle, legend = [place(step, mean) for step, mean, _ in line], (1120, 60 + 45 * i)
+        lower, middle, upper = ([place(step, mean + side * two) for step, mean, two in line]
+                                for side in (-1, 0, 1))
+        legend = 1120, 60 + 45 * i
         if line:
             pen.polygon(upper + lower[::-1], f"{colour}40")
         pen.line(middle, colour, 6)
@@ -742,23 +736,22 @@ def picture(images, columns, zoom):
     grid = torchvision.utils.make_grid(images.cpu().view(-1, 1, 28, 28), columns, padding=1,
                                        normalize=True, value_range=(-1, 1))
     small = torchvision.transforms.functional.to_pil_image(grid[0])
-    return small.resize((small.width * zoom, small.height * zoom), Image.NEAREST)
+    return ImageOps.scale(small, zoom, Image.NEAREST)
 
-def filmstrip(film, args):
-    """What each method draws for each target, step by step: {(target, method, steps): [4, 784]}"""
-    columns = [steps for steps in args.test_steps if steps not in (0, 2)]  # to fit into 960 pixels
-    strips = sorted({(target, method) for target, method, _ in film
-                     if method not in ("real images", "support repeated")})
+def filmstrip(film):
+    """What each method draws for each target: {(target, method): {steps: [4, 784]}}"""
+    strips = sorted(key for key in film if key[1] not in ("real images", "support repeated"))
     side, above = 120, 40  # pixels of four images, and of the text above
     canvas = Image.new("L", (960, (side + above) * len(strips)), 255)
     ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
         ink.text((4, y), f"{target}, {method}", 0, font)
-        sheets = {f"step {steps}": film[target, method, steps] for steps in columns
-                  if (target, method, steps) in film}
-        sheets = sheets or {"samples": film[target, method, 0]}  # of a Gaussian
-        sheets = {"support": film[target, "support repeated", 0], **sheets}
+        drawn = film[target, method]
+        sheets = {f"step {steps}": images for steps, images in drawn.items()
+                  if steps not in (0, 2)}  # to fit into 960 pixels
+        sheets = sheets or {"samples": drawn[0]}  # of a Gaussian
+        sheets = {"support": film[target, "support repeated"][0], **sheets}
         for j, (label, images) in enumerate(sheets.items()):
             ink.text((side * j + 4, y + 18), label, 0, font)
             canvas.paste(picture(images, 2, 2), (side * j, y + above))
@@ -783,18 +776,18 @@ def require(condition, message):
         raise UserError(message)
 
 def load_domains(args):
-    """The `Domains` of --source and --target; the last classes of a data set are held out."""
+    """The `Domains` of --source and --target. To train, the last third of the classes of each data
+    set is held out, three at most. To test a start, all are."""
     images, held_out, titles, sides = {}, [], [], ([], [])
     for side, specs in zip(sides, (args.source, args.target)):
         for spec in specs:
             title, classes = load_dataset(spec, args.data_dir)
             titles.append(title)
-            names = [f"{title} {label}" for label in classes]
-            for name, content in zip(names, classes.values()):
+            for name, content in classes.items():
                 require(len(content) > 1, f"'{name}' has only one image")
-                same = name not in images or torch.equal(images[name], content)
-                require(same, f"two classes are called '{name}'")
-                images[name] = content
+                require(torch.equal(images.setdefault(name, content), content),
+                        f"two classes are called '{name}'")
+            names = list(classes)
             side += names
             few = min(HELD_OUT, max(1, len(names) // 3)) if args.test is None else len(names)
             held_out += names[-few:]
@@ -809,7 +802,7 @@ def load_domains(args):
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
-    """A data set's name, and {class: uint8 [n, 784]} of all classes, or of some: mnist:0-6,9."""
+    """A data set's name, and {'mnist 7': uint8 [n, 784]} of all classes, or some: mnist:0-6,9."""
     listed = re.fullmatch(r"(.+?):(\d+(-\d+)?(,\d+(-\d+)?)*)", spec)
     name, chosen = listed.group(1, 2) if listed and not os.path.isdir(spec) else (spec, "")
     if not os.path.isdir(name):
@@ -830,7 +823,7 @@ def load_dataset(spec, data_dir):
         require(int(low) <= int(high or low) < len(classes),
                 f"'{spec}': {title} has the classes 0 to {len(classes) - 1}")
         labels += list(classes)[int(low):int(high or low) + 1]
-    return title, {label: classes[label] for label in labels or classes}
+    return title, {f"{title} {label}": classes[label] for label in labels or classes}
 
 def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or downloaded: {class: uint8 [n, 784]}"""
@@ -863,15 +856,18 @@ def load_torchvision(name, data_dir):
 def load_folder(folder):
     """All pictures below a folder, a class in each sub-folder: {class: uint8 [n, 784]}, bright on
     dark. Says what it leaves out, other than what is hidden or what a system makes for itself."""
-    paths, left_out, classes = [], Counter(), {}
+    paths, left_out, found = [], Counter(), []
 
     def locked(_):
         left_out["locked folder"] += 1
 
+    def wanted(names):
+        return [name for name in names if name[0] != "." and name not in OF_SYSTEMS]
+
     for root, folders, files in os.walk(folder, onerror=locked):
-        folders[:] = [name for name in folders if name[0] != "." and name not in OF_SYSTEMS]
+        folders[:] = wanted(folders)
         left_out["linked folder"] += sum(Path(root, name).is_symlink() for name in folders)
-        paths += [Path(root, name) for name in files if name[0] != "." and name not in OF_SYSTEMS]
+        paths += [Path(root, name) for name in wanted(files)]
     top = {path.relative_to(folder).parts[0].lower() for path in paths}
     require(not {"train", "test"} <= top and not {"train", "val"} <= top,
             f"'{folder}' has train/ and others inside, not classes: name one of them, such as "
@@ -884,36 +880,34 @@ def load_folder(folder):
         parts = path.relative_to(folder).parts
         try:
             require(path.is_file(), "no file but a device or pipe")  # which would be waited for
-            label = parts[0] if parts[1:] else "(loose)"
-            classes.setdefault(label, []).append(read_image(path))
+            found.append((parts[0] if parts[1:] else "(loose)", *read_image(path)))
         except UserError as error:
             left_out[str(error)] += 1
         except Exception:  # whatever Pillow raises
             ending = path.suffix if path.suffix.isprintable() else ascii(path.suffix)
             left_out[f"unreadable {ending or 'file'}"] += 1
-    classes = {label: pictures for label, pictures in classes.items() if pictures}
     kinds = ", ".join(f"{n} {kind}" for kind, n in left_out.items() if n)
     if kinds:
         say(f"{folder}: left out {kinds}", sys.stderr)
-    require(classes, f"no readable picture in '{folder}'")
-    return bright_on_dark(classes, folder)
+    require(found, f"no readable picture in '{folder}'")
+    labels, images, borders = map(np.array, zip(*found))
+    images = torch.tensor(bright_on_dark(images, borders, folder))
+    return {str(label): images[labels == label] for label in dict.fromkeys(labels)}
 
-def bright_on_dark(classes, folder):
-    """The pictures of a folder, {class: [(image, border)]}, as {class: uint8 [n, 784]}. Their
-    grounds are judged together, as one picture of many on grey paper is easily misjudged."""
-    borders = [border for pictures in classes.values() for _, border in pictures if border >= 0]
-    turn = np.median(borders or [0]) > 127
-    images = {}
-    for label, pictures in classes.items():
-        images[label] = np.stack([255 - x if turn and border >= 0 else x for x, border in pictures])
-    brightest = np.percentile([x.max() for stack in images.values() for x in stack], 90)
+def bright_on_dark(images, borders, folder):
+    """The pictures of a folder, uint8 [n, 784], with borders [n] as of `read_image`. Their grounds
+    are judged together, as one picture of many on grey paper is easily misjudged."""
+    on_paper = borders >= 0
+    turn = np.median(borders[on_paper]) > 127 if on_paper.any() else False
+    if turn:
+        images[on_paper] = 255 - images[on_paper]
+    brightest = np.percentile(images.max(1), 90)
     if brightest < 128:  # thin strokes of large pictures fade when they are made small
-        stretch = 255 / max(1, brightest)
-        images = {label: (x * stretch).clip(0, 255) for label, x in images.items()}
+        images = (images * (255 / max(1, brightest))).clip(0, 255).astype(np.uint8)
         say(f"{folder}: the pictures are dark, their contrast was stretched", sys.stderr)
     if turn:
-        say(f"{folder}: {len(borders)} pictures are dark on bright and were inverted", sys.stderr)
-    return {label: torch.tensor(x.astype(np.uint8)) for label, x in images.items()}
+        say(f"{folder}: {on_paper.sum()} pictures are dark on bright and were inverted", sys.stderr)
+    return images
 
 def read_image(path):
     """A picture of any size and mode, upright, grey and square [784], and the median brightness
@@ -944,34 +938,36 @@ def read_image(path):
 
 def save_start(start, domains, args):
     """Write mtgan.pt, in half precision. Returns the start as it can be read from there."""
-    half = [p.half() for p in (*start.theta, *start.phi, start.log_rates)]
-    n, classes = len(start.theta), {name for pair in domains.train for name in pair}
+    half = Start(*each(torch.Tensor.half, start), start.log_rates.half())
     if RANK == 0:
+        classes = sorted({name for pair in domains.train for name in pair})
         save(Path(args.out, "mtgan.pt"),
-             {"theta": half[:n], "phi": half[n:-1], "log_rates": half[-1],
-              "domains": domains.title, "classes": sorted(classes)})
+             {**half._asdict(), "domains": domains.title, "classes": classes})
         say(f"{args.out}: mtgan.pt can be used; progress.png shows what it draws", sys.stderr)
-    *weights, log_rates = [p.float() for p in half]
-    return Start(weights[:n], weights[n:], log_rates)
+    return Start(*each(torch.Tensor.float, half), half.log_rates.float())
 
 def load_start(path):
     """The `Start` in an mtgan.pt or in a run's folder, and a dict of what it was trained on."""
-    path = Path(path, "mtgan.pt") if Path(path).is_dir() else Path(path)
+    path = start_file(path)
     require(path.exists(), f"there is no {path}: a RUN is the folder of a training run. Pictures "
                            "are a --target")
-    saved = load(path, "theta", "phi", "log_rates", "domains", "classes")
+    saved = load(path, *Start._fields, "domains", "classes")
     ours = new_players()
     try:
         players = each(torch.Tensor.float, Players(saved["theta"], saved["phi"]))
         start = Start(*players, saved["log_rates"].float())
-        shapes = [p.shape for p in (*start.theta, *start.phi, start.log_rates[0])]
+        shapes = [p.shape for p in (*flat(players), start.log_rates[0])]
     except (TypeError, AttributeError, IndexError):  # no tensors
         shapes = []
-    require(shapes == [*(p.shape for p in (*ours.theta, *ours.phi)), (2, len(ours.theta) // 2)],
+    require(shapes == [*(p.shape for p in flat(ours)), (2, len(ours.theta) // 2)],
             f"{path} is a start of other networks")
-    require(all(p.isfinite().all() for p in (*start.theta, *start.phi, start.log_rates)),
+    require(all(p.isfinite().all() for p in flat(start)),
             f"{path} has numbers that are not finite")
     return start, saved
+
+def start_file(path):
+    """A run's folder stands for the mtgan.pt in it."""
+    return Path(path, "mtgan.pt") if Path(path).is_dir() else Path(path)
 
 def load(path, *keys):
     """What `save` wrote; UserError where it is not there, damaged, or lacks a key."""
@@ -1037,18 +1033,18 @@ class Progress:
 
     def __init__(self, costs, out):
         self.costs, self.out = costs, out  # {stage: about so long as this many GAN steps}
+        self.ends = dict(zip(costs, itertools.accumulate(costs.values())))
         self.began, self.shown, self.logged = time.monotonic(), -math.inf, -math.inf
         self.first, self.means, self.width, self.planned = None, {}, 0, False
 
-    def show(self, stage, done, steps, numbers=None, counts=None):
+    def show(self, stage, done, steps, numbers={}, counts={}):
         """numbers: {name: scalar tensor}, shown beside their means over about 50 steps. Nothing
         waits for a GPU, unless it is time for a line."""
-        for name, value in (numbers or {}).items():
-            key = f"mean {name}"
-            mean = torch.lerp(self.means.get(key, value), value, 0.02)
-            self.means[key] = torch.where(mean.isfinite(), mean, self.means.get(key, mean))
-        now, names = time.monotonic(), list(self.costs)
-        end = sum(self.costs[name] for name in names[:names.index(stage) + 1])
+        for name, value in numbers.items():
+            before = self.means.get(f"mean {name}", value)
+            mean = torch.lerp(before, value, 0.02)
+            self.means[f"mean {name}"] = torch.where(mean.isfinite(), mean, before)
+        now, end = time.monotonic(), self.ends[stage]
         position = end - self.costs[stage] * (1 - done / steps)
         if self.first is None:  # where this run begins or goes on
             self.first = position - self.costs[stage] / steps
@@ -1061,7 +1057,7 @@ class Progress:
             self.planned = True
             minutes = (f"{name} {cost * pace / 60:.1f}" for name, cost in self.costs.items())
             say(f"expected minutes: {', '.join(minutes)}", sys.stderr)
-        row = {**(numbers or {}), **self.means, **(counts or {})}
+        row = {**numbers, **self.means, **counts}
         row = {name: float(f"{float(value):.3g}") for name, value in row.items()}
         rest = pace * (end - position), pace * (sum(self.costs.values()) - position)
         line = f"{stage} {done}/{steps}, {rest[0]:.0f} s left, of the run {rest[1]:.0f} s"
@@ -1091,7 +1087,7 @@ def claim(args, title, images, start):
     device, cuda = args.device, torch.device(args.device).type == "cuda"
     hashes = {"code": hash_of(ast.dump(ast.parse(source)) for source in sources),  # no comments
               "images": hash_of(images), "processes": PROCESSES,
-              "start": start and hash_of([*start.theta, *start.phi, start.log_rates])}
+              "start": start and hash_of(flat(start))}
     report = {"settings": {**vars(args), **hashes}, "domains": title,
               "torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None),
               "device": torch.cuda.get_device_name(device) if cuda else device}
@@ -1105,12 +1101,12 @@ def claim(args, title, images, start):
     out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out / ".lock", timeout=0)
     try:
-        lock.acquire()
+        held = lock.acquire()
     except filelock.Timeout:
         raise UserError(f"another process is at work in {out}") from None
     except NotImplementedError:
         raise UserError(f"{out}: its file system has no locks. Choose an --out elsewhere") from None
-    with lock:
+    with held:
         if path.exists():
             refuse_differences(out, load(path, "settings"), report, "choose another --out")
         else:
@@ -1139,70 +1135,69 @@ def say(line, file=None, end="\n"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 def make_parser():
-    """The parser, and {mode: names of the options that it uses}."""
+    """The parser, and {option: the modes that use it}."""
     title, _, commands, *_ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         "mtgan.py", "mtgan.py [options]", title, f"examples:\n{commands}\n\n{SPECS}",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = partial(require, False)
-    used = {mode: set() for mode in ("train", "test", "adapt", "tables")}
+    uses = {}
 
     def options_of(*modes):
         group = parser.add_argument_group(f"to {' or '.join(modes)}")
-        def option(name, default, text, **how):
+        def option(name, text, default=None, **how):
+            uses[name], default = modes, getattr(Settings, name, default)
             if isinstance(default, (int, float)) and not how:
                 how = {"type": type(default), "metavar": "N"}
             if default:
                 text += f" ({' '.join(default) if isinstance(default, list) else default})"
             flag = "--" + name.replace("_", "-")
             group.add_argument(flag, default=default, help=text, **how)
-            for mode in modes:
-                used[mode].add(name)
         return option
 
-    specs, runs = {"nargs": "+", "metavar": "SPEC"}, {"nargs": "+", "metavar": "RUN"}
+    specs = {"nargs": "+", "metavar": "SPEC", "type": os.path.expanduser}
     run_or_shipped = {"nargs": "?", "const": SHIPPED, "metavar": "RUN"}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     option = options_of("train", "test", "adapt")
-    option("target", ["fashion"], "target domains", **specs)
-    option("data_dir", "data", "folder of the data sets", metavar="DIR")
-    option("out", "runs/...", "folder for the results", metavar="DIR")
-    option("seed", 0, "all random numbers follow from it")
-    option("shots", Settings.shots, "images to adapt to; for --adapt the most")
-    option("device", device, "cpu, cuda or cuda:1", metavar="NAME")
-    option("kernel", "auto", "of linear layers: torch, triton, or auto, which is torch",
+    option("target", "target domains", ["fashion"], **specs)
+    option("data_dir", "folder of the data sets", "data", metavar="DIR")
+    option("out", "folder for the results", "runs/...", metavar="DIR")
+    option("seed", "all random numbers follow from it", 0)
+    option("shots", "images to adapt to; for --adapt the most")
+    option("device", "cpu, cuda or cuda:1", device, metavar="NAME")
+    option("kernel", "of linear layers: torch, triton, or auto, which is torch", "auto",
            choices=("auto", "torch", "triton"), metavar="NAME")
     option = options_of("train", "adapt")
-    option("source", ["mnist"], "source domains; for --adapt none, unless told", **specs)
+    option("source", "source domains; for --adapt none, unless told", ["mnist"], **specs)
     option = options_of("train", "test")
-    option("test_seeds", 5, "draws of the support in a test")
-    option("dry_run", False, "everything once, tiny, in a minute", action="store_true")
+    option("test_seeds", "draws of the support in a test", 5)
+    option("dry_run", "everything once, tiny, in a minute", False, action="store_true")
     option = options_of("train")
-    option("algorithm", Settings.algorithm, "maml, fomaml, reptile or both",
+    option("algorithm", "maml, fomaml, reptile or both",
            choices=("maml", "fomaml", "reptile", "both"), metavar="NAME")
-    option("inner_steps", Settings.inner_steps, "inner steps of an episode")
-    option("inner_lr", Settings.inner_lr, "initial inner rate of G, twice D's")
-    option("warm_steps", Settings.warm_steps, "ordinary GAN steps before the episodes")
-    option("meta_steps", Settings.meta_steps, "episodes")
-    option("meta_batch", Settings.meta_batch, "pairs of an episode")
-    option("meta_lr", Settings.meta_lr, "outer learning rate")
-    option("made_up", Settings.made_up, "share of tasks that get random shapes")
+    option("inner_steps", "inner steps of an episode")
+    option("inner_lr", "initial inner rate of G, twice D's")
+    option("warm_steps", "ordinary GAN steps before the episodes")
+    option("meta_steps", "episodes")
+    option("meta_batch", "pairs of an episode")
+    option("meta_lr", "outer learning rate")
+    option("made_up", "share of tasks that get random shapes")
     option = options_of("test")
-    option("test", None, "test RUN's start, or the one in assets, on all classes of --target",
+    option("test", "test RUN's start, or the one in assets, on all classes of --target",
            **run_or_shipped)
     option = options_of("adapt")
-    option("adapt", None, "adapt RUN's start, or the one in assets, to --target",
+    option("adapt", "adapt RUN's start, or the one in assets, to --target",
            **run_or_shipped)
-    option("steps", 100, "steps to adapt")
-    option("samples", 64, "images to draw")
+    option("steps", "steps to adapt", 100)
+    option("samples", "images to draw", 64)
     option = options_of("tables")
-    option("tables", (), "print one table of these runs", **runs)
+    option("tables", "print one table of these runs", (), nargs="+", metavar="RUN")
     parser.set_defaults(judge_steps=500, test_steps=(0, 1, 2, 5, 10, 20, 50, 100, 200))
-    return parser, used
+    return parser, uses
 
 def parse(argv):
     """The command line as a namespace; UserError for what is wrong, missing or ignored."""
-    parser, used = make_parser()
+    parser, uses = make_parser()
     given = {word[2:].split("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
     if "dry_run" in given:
         parser.set_defaults(**DRY_RUN)
@@ -1210,7 +1205,7 @@ def parse(argv):
     mode = next((mode for mode in ("tables", "test", "adapt") if mode in given), "train")
     for name in sorted(given):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
-        require(name in used[mode], f"{flag} is of no use here")
+        require(mode in uses[name], f"{flag} is of no use here")
         if isinstance(value, (int, float)):
             zero = name in ("seed", "warm_steps", "made_up")
             least = 0 if zero else 1 if isinstance(value, int) else 1e-9
@@ -1218,12 +1213,12 @@ def parse(argv):
             require(least <= value <= most, f"{flag} must be from {least} to {most}")
     if mode in ("test", "adapt"):
         require("target" in given, f"--{mode} needs a --target, such as a folder of pictures")
-        args.source = args.source if "source" in given else []
+        if "source" not in given:
+            args.source = []
     if mode == "adapt":
-        args.shots = args.shots if "shots" in given else None  # as many as there are, up to 25
+        if "shots" not in given:
+            args.shots = None  # as many as there are, up to 25
         require(len(args.target) == 1 >= len(args.source), "--adapt: one --target, one --source")
-    args.source, args.target = ([os.path.expanduser(spec) for spec in specs]
-                                for specs in (args.source, args.target))
     if "out" not in given:
         words = [word for word in ("dry_run", "test", "adapt") if word in given]
         words += [Path(spec).name or "folder" for spec in (*args.source, *args.target)]
@@ -1236,11 +1231,7 @@ def parse(argv):
 def run(args):
     """Meta-train, unless --test names a start; meta-test; write everything to args.out."""
     began, out = time.monotonic(), Path(args.out)
-    if RANK:
-        torch.distributed.barrier()  # the first process downloads, the others wait
     domains, start, transfer = load_domains(args), None, None
-    if PROCESSES > 1 and RANK == 0:
-        torch.distributed.barrier()
     if args.test is not None:
         start, saved = load_start(args.test)
         args.inner_steps = len(start.log_rates)
@@ -1248,9 +1239,9 @@ def run(args):
         seen = [name for name in domains.test if name in saved["classes"]]
         title += f", and so on these classes: {', '.join(seen)}" if seen else ""
         domains = domains._replace(title=title)
-        folder = Path(args.test) if Path(args.test).is_dir() else Path(args.test).parent
-        if Path(folder, "state", "transfer.pt").exists():
-            _, _, tensors, _ = load(Path(folder, "state", "transfer.pt"))
+        trained = start_file(args.test).parent / "state" / "transfer.pt"
+        if trained.exists():
+            _, _, tensors, _ = load(trained)
             transfer = Players(tensors[:len(start.theta)], tensors[len(start.theta):])
     images = [str(domains[1:]), *domains.images.values()]
     with claim(args, domains.title, images, start) as report:
@@ -1270,14 +1261,15 @@ def run(args):
         if transfer:
             methods |= {f"transfer, Adam {lr:g}": (transfer, lr) for lr in TRANSFER_LRS}
         rows, film = meta_test(methods, train_judge(domains, args), domains, args)
-        save(out / "adaptation.png", filmstrip(film, args))
+        save(out / "adaptation.png", filmstrip(film))
         save(out / "report.json", {**report, "rows": rows})
     print_tables([out])
     say(f"\n{out}: report.json, adaptation.png; {time.monotonic() - began:.0f} s")
 
 def deploy(args):
     """Adapt a start to a user's pictures, and write what it draws."""
-    (start, saved), out, sets = load_start(args.adapt), Path(args.out), []
+    start, saved = load_start(args.adapt)
+    out, sets = Path(args.out), []
     needed = args.shots or 2
     require(needed >= 2, "--shots is too small: 2 is the least")
     for spec in (*args.source, *args.target):
@@ -1298,7 +1290,7 @@ def deploy(args):
         samples = generator(theta_t, z)[0]  # of the target
         require(samples.isfinite().all(), "the adaptation diverged: take fewer --steps")
         save(out / "adapted.pt", [p.clone().cpu() for p in theta_t])
-        save_pictures(out, support[-1], samples, partial(generator, theta_t), z)
+        save_pictures(out, support[-1], samples, theta_t, z)
         if args.source:
             rows = translate(theta, support[:1]).flatten(0, 1)  # [3 shots, 784]
             save(out / "translation.png", picture(rows, shots, 3))
@@ -1308,9 +1300,9 @@ def deploy(args):
         f"adapted.pt{', translation.png' if args.source else ''}. "
         f"For cleaner images, which copy the pictures more, add --steps {2 * args.steps}")
 
-def save_pictures(out, support, samples, draw, z):
+def save_pictures(out, support, samples, theta, z):
     """samples.png, nearest.png, interpolation.gif, and a picture of every sample.
-    support [shots, 784], samples [n, 784], which draw(z) gave, z [1, n, 100]."""
+    support [shots, 784]; samples [n, 784], which theta drew from z [1, n, 100]."""
     digits = max(3, len(str(len(samples) - 1)))
     for number, image in enumerate(samples):
         save(out / f"sample-{number:0{digits}}.png", picture(image, 1, 1))
@@ -1319,14 +1311,13 @@ def save_pictures(out, support, samples, draw, z):
     save(out / "samples.png", picture(torch.cat([support, white, samples]), 8, 3))
 
     nearest = support[torch.cdist(samples, support).argmin(1)]  # [n, 784]
-    rows = []
-    for pair in zip(samples.split(16), nearest.split(16)):
-        rows += [F.pad(row, (0, 0, 0, 16 - len(row)), value=1) for row in pair]
-    save(out / "nearest.png", picture(torch.cat(rows), 16, 3))
+    white = torch.ones(-len(samples) % 16, PIXELS)
+    rows = [torch.cat([images, white]).view(-1, 16, PIXELS) for images in (samples, nearest)]
+    save(out / "nearest.png", picture(torch.stack(rows, 1).flatten(0, 2), 16, 3))
 
     corners = z[0, torch.arange(9) % min(8, len(samples))]  # the last is the first again
     path = [torch.lerp(a, b, i / 8) for a, b in itertools.pairwise(corners) for i in range(8)]
-    frames = draw(torch.stack(path)[None])[0]  # [64, 784]
+    frames = generator(theta, torch.stack(path)[None])[0]  # [64, 784]
     save(out / "interpolation.gif", [picture(frame, 1, 5) for frame in frames])
 
 def main(argv=None):
@@ -1352,7 +1343,7 @@ def main(argv=None):
         refusal = args.kernel == "triton" and kernels.why_not_triton(args.device)
         require(not refusal, f"--kernel: {refusal}")
         kernels.default_backend = args.kernel  # set once, so that no network has to pass it on
-        if torch.device(args.device).type == "cpu":
+        if args.device == "cpu":
             kernels.use_whole_cpu()
         torch.autograd.set_multithreading_enabled(False)  # faster on a GPU
         if args.adapt is None:

@@ -491,21 +491,24 @@ def test_frechet_distance():
     assert abs(mtgan.frechet_distance(a * scale, b @ mixing.T + shift) - expected) < 1e-9
     assert mtgan.frechet_distance(torch.full((3, 2), math.nan), a) == math.inf
 
-def test_interval():
+def row_of(method, steps, frechet):
+    return {"method": method, "steps": steps, "frechet": frechet}
+
+def test_intervals():
     values = [1.0, 2.0, 4.0, 7.0, 11.0, 3.0, 2.0, 5.0, 6.0, 9.0]
-    mean, two = mtgan.interval(values)
+    rows = [*(row_of("a", 1, value) for value in values), row_of("a", 2, 10.4)]
+    found = mtgan.intervals([*rows, row_of("b", 0, math.inf), row_of("b", 0, 1.0)], "frechet")
+    mean, two = found["a", 1]
     assert mean == 5 and abs(two - 2 * np.std(values, ddof=1) / 10 ** 0.5) < 1e-9
-    assert mtgan.cell([10.4]) == "10 ± 0" and mtgan.cell([1.0, 3.0]) == "2.00 ± 2.00"
-    assert mtgan.cell([1.0, math.inf]) == mtgan.cell([math.nan]) == "-"
-    assert mtgan.cell([]) == ""
+    assert mtgan.cell(*found["a", 2]) == "10 ± 0" and mtgan.cell(mean, 2.0) == "5.00 ± 2.00"
+    assert mtgan.cell(*found["b", 0]) == mtgan.cell(math.nan, math.nan) == "-"
 
 def test_a_plot():
     """A power law is a straight line, in its colour; what needs no GAN is a level."""
-    def row(method, steps, frechet):
-        return {"method": method, "steps": steps, "frechet": frechet}
-    rows = [row("MT-GAN", steps, 1000 / steps) for steps in (1, 3, 10, 100)]
-    rows += [row("MT-GAN", 0, 5e3), row("diverged", 1, math.inf), row("Gaussian", 0, 100.0)]
-    pixels = np.asarray(mtgan.plot(mtgan.collect(rows, "frechet"))).astype(int)
+    rows = [row_of("MT-GAN", steps, 1000 / steps) for steps in (1, 3, 10, 100)]
+    rows += [row_of("MT-GAN", 0, 5e3), row_of("diverged", 1, math.inf)]
+    found = mtgan.intervals([*rows, row_of("Gaussian", 0, 100.0)], "frechet")
+    pixels = np.asarray(mtgan.plot(found)).astype(int)
     blue = np.abs(pixels - [0, 0x72, 0xB2]).max(-1) < 10
     blue[:100, 540:] = False                    # the legend
     y, x = np.nonzero(blue)
@@ -547,8 +550,8 @@ def test_all_methods_are_judged_on_the_same_images(tmp_path, monkeypatch):
     assert len(seen) == 4 and len(rows) == 4 * (3 + 2 * 3)
     assert all(len(same) == 9 and len(set(same)) == 1 for same in seen.values())
     for target, (one, other) in itertools.product(("d 6", "d 7"), [(1, 0), (3, 1)]):
-        assert not torch.equal(film[target, "a", one], film[target, "a", other])
-        assert not torch.equal(film[target, "a", one], film[target, "b", one])
+        assert not torch.equal(film[target, "a"][one], film[target, "a"][other])
+        assert not torch.equal(film[target, "a"][one], film[target, "b"][one])
 
 def test_what_needs_no_gan():
     torch.manual_seed(0)
@@ -562,14 +565,14 @@ def test_what_needs_no_gan():
 
 def test_a_filmstrip():
     """The support, then the steps, in the order of their numbers; its film is left as it was."""
-    film = {("t", "m", steps): torch.full((4, 784), steps / 100) for steps in (0, 1, 10)}
-    film["t", "support repeated", 0] = torch.full((4, 784), 0.9)
-    film["t", "Gaussian", 0] = torch.full((4, 784), -0.5)
+    film = {("t", "m"): {steps: torch.full((4, 784), steps / 100) for steps in (0, 1, 10)},
+            ("t", "support repeated"): {0: torch.full((4, 784), 0.9)},
+            ("t", "Gaussian"): {0: torch.full((4, 784), -0.5)}}
     labels, kept = [], dict(film)
     def text(ink, at, label, *_):
         labels.append(label)
     with patch.object(mtgan.ImageDraw.ImageDraw, "text", text):
-        strip = mtgan.filmstrip(film, Mock(test_steps=(0, 1, 10)))
+        strip = mtgan.filmstrip(film)
     assert labels == ["t, Gaussian", "support", "samples", "t, m", "support", "step 1", "step 10"]
     grey = [strip.getpixel((120 * i + 20, y)) for y in (60, 220) for i in range(3)]
     assert grey[0] == grey[3] > grey[5] > grey[4] > grey[1] and grey[2] == 255 and film == kept
@@ -929,12 +932,12 @@ def offline(monkeypatch):
 
 def test_class_lists(offline, tmp_path):
     title, classes = mtgan.load_dataset("strokes:0-3,9", "")
-    assert title == "strokes" and list(classes) == list("01239")
+    assert title == "strokes" and list(classes) == [f"strokes {label}" for label in "01239"]
     for label in [*range(12), "cats", "cat-big", "cat 2", "cat"]:
         put_picture(tmp_path / str(label) / "picture.png")
     names = [*map(str, range(12)), "cat", "cat 2", "cat-big", "cats"]
     assert list(mtgan.load_folder(tmp_path)) == names
-    assert list(mtgan.load_dataset(f"{tmp_path}:2", "")[1]) == ["2"]
+    assert list(mtgan.load_dataset(f"{tmp_path}:2", "")[1]) == [f"{tmp_path.name} 2"]
 
 def put_mnist(folder, changed):
     """Files in MNIST's format: three images of each class in either part."""
@@ -952,9 +955,9 @@ def put_mnist(folder, changed):
 def test_mnist_files(tmp_path):
     put_mnist(tmp_path, {})
     title, classes = mtgan.load_dataset("mnist:0-6,9", tmp_path)
-    assert title == "mnist" and list(classes) == list("01234569")
+    assert title == "mnist" and list(classes) == [f"mnist {label}" for label in "01234569"]
     for label, images in classes.items():
-        assert images.shape == (6, 784) and (images == int(label)).all()
+        assert images.shape == (6, 784) and (images == int(label[-1])).all()
 
 @pytest.mark.parametrize("name, changed", [
     ("train-images-idx3-ubyte", np.zeros((30, 56, 28), np.uint8)),
