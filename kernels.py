@@ -6,17 +6,19 @@ T counts tasks. Each has weights of its own, so a layer is a batched matrix prod
 
 Let m be 1 where y > 0 and the slope elsewhere. Then y = m * (x Wᵀ + b). LeakyReLU consists of two
 straight lines, so for a derivative m is a constant; and y has the sign of what went into the
-LeakyReLU, so m can be read off y. Two operations are enough:
+LeakyReLU, so m can be read off y. Two operations are enough. What stands behind the semicolon
+only says where m comes from: in the layer itself y is the result, in its derivatives it is given.
 
     MaskedLinear(x, W, b; y) = m * (x Wᵀ + b)
     MaskedProduct(g, W; y)   = (m * g) W, and the sum of each row of m * g
 
-Let g be the gradient that arrives at MaskedLinear. By the chain rule, the gradients are
+Let g [T, B, N] be the gradient that arrives at MaskedLinear. By the chain rule, the gradients are
 
     of x:        (m * g) W             = MaskedProduct(g, W; y)
     of W and b:  (m * g)ᵀ x, Σ m * g   = MaskedProduct(gᵀ, x; yᵀ)
 
-Let u and v be the gradients that arrive at the two results of MaskedProduct. Then those are
+Let u [T, B, K] and v [T, B] be the gradients that arrive at the two results of MaskedProduct.
+Then the gradients are
 
     of g:        m * (u Wᵀ + v)        = MaskedLinear(W, u, v; yᵀ)ᵀ
     of W:        (m * g)ᵀ u            = MaskedProduct(gᵀ, u; yᵀ)
@@ -49,18 +51,15 @@ except ImportError:  # Triton has no release for macOS and Windows
 #             acc += mask(tile of a) @ tile of b
 #         tile of out = mask(acc)
 #
-# An `if` on a tl.constexpr or on None is decided when the kernel is compiled. Triton would compile
-# it anew for each class of sizes and strides (1, multiples of 16, others), 56 times in a default
-# run. `do_not_specialize` switches that off. But a GPU copies four numbers at once only where the
-# compiler knows that a stride is a multiple of 4. So a stride of 512 is passed as 128, and
-# multiplied by the constant UNIT = 4 inside; where one stride is no multiple of 4, UNIT is 1.
+# An `if` on a tl.constexpr or on None is decided when the kernel is compiled. A matrix is stored by
+# rows or, as a transposed one, by columns (*_BY_COLUMNS); its rows or columns lie *_pitch apart,
+# and its tasks *_batch. UNIT and its kind are explained where the kernel is called.
 if triton is not None:
     @triton.jit
-    def load_tile(matrix, pitch, rows, columns, height, width, T: tl.constexpr):
-        """matrix[rows, columns], whose rows (with T, columns) lie `pitch` apart and have no gaps.
-        What lies outside of [height, width] reads as 0."""
+    def load_tile(matrix, pitch, rows, columns, height, width, BY_COLUMNS: tl.constexpr):
+        """matrix[rows, columns]. What lies outside of [height, width] reads as 0."""
         inside = (rows[:, None] < height) & (columns[None, :] < width)
-        if T:
+        if BY_COLUMNS:
             offsets = rows[:, None] + columns[None, :] * pitch
         else:
             offsets = rows[:, None] * pitch + columns[None, :]
@@ -71,9 +70,10 @@ if triton is not None:
         "M", "N", "K"])
     def product_kernel(
             a, b, y, bias, out, sums, a_batch, a_pitch, b_batch, b_pitch, y_batch, y_pitch,
-            bias_batch, M, N, K, slope: tl.float64, MASK: tl.constexpr, A_T: tl.constexpr,
-            B_T: tl.constexpr, Y_T: tl.constexpr, UNIT: tl.constexpr, UNIT_M: tl.constexpr,
-            UNIT_N: tl.constexpr, UNIT_K: tl.constexpr, PRECISION: tl.constexpr,
+            bias_batch, M, N, K, slope: tl.float64, MASK: tl.constexpr,
+            A_BY_COLUMNS: tl.constexpr, B_BY_COLUMNS: tl.constexpr, Y_BY_COLUMNS: tl.constexpr,
+            UNIT: tl.constexpr, UNIT_M: tl.constexpr, UNIT_N: tl.constexpr, UNIT_K: tl.constexpr,
+            PRECISION: tl.constexpr,
             TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
         M, N, K = M * UNIT_M, N * UNIT_N, K * UNIT_K
         slope = tl.full((1, 1), slope, a.dtype.element_ty)
@@ -96,11 +96,11 @@ if triton is not None:
         # Walk along K. Beyond its end both tiles read as 0, which adds nothing.
         for start in range(0, K, TILE_K):
             inner = start + tl.arange(0, TILE_K)
-            left = load_tile(a, a_pitch * UNIT, rows, inner, M, K, A_T)
+            left = load_tile(a, a_pitch * UNIT, rows, inner, M, K, A_BY_COLUMNS)
             if MASK == "left":
-                signs = load_tile(y_t, y_pitch * UNIT, rows, inner, M, K, Y_T)
+                signs = load_tile(y_t, y_pitch * UNIT, rows, inner, M, K, Y_BY_COLUMNS)
                 left = tl.where(signs > 0, left, left * slope)
-            right = load_tile(b, b_pitch * UNIT, inner, columns, K, N, B_T)
+            right = load_tile(b, b_pitch * UNIT, inner, columns, K, N, B_BY_COLUMNS)
             acc = tl.dot(left, right, acc, PRECISION, out_dtype=acc.dtype)
             row_sums += tl.sum(left, 1)
 
@@ -108,7 +108,7 @@ if triton is not None:
         if MASK == "result":
             signs = acc
             if y is not None:
-                signs = load_tile(y_t, y_pitch * UNIT, rows, columns, M, N, Y_T)
+                signs = load_tile(y_t, y_pitch * UNIT, rows, columns, M, N, Y_BY_COLUMNS)
             acc = tl.where(signs > 0, acc, acc * slope)
         at = out + rows[:, None] * N + columns[None, :]
         tl.store(at, acc, mask=(rows[:, None] < M) & (columns[None, :] < N))
@@ -134,11 +134,12 @@ def layout(v):
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, the sums of the rows of a [T, M], else None.
 
-    a [T, M, K], b [T, K, N], bias [T, N] or None. The mask m multiplies `a` if mask_left, else
-    the result. It is read off y, which has the shape of what it masks; None is the result itself.
+    a [T, M, K], b [T, K, N], bias [T, N] or None. The mask m makes it (m * a) b + bias if
+    mask_left, else m * (a b + bias). It is read off y, which has the shape of what it multiplies;
+    None is the result itself.
     """
     if backend != "triton":  # "auto", too: no first run on a GPU was seen to gain by compiling
-        times_m = torch.ops.aten.leaky_relu_backward  # (value, y, slope, True) is m * value
+        times_m = torch.ops.aten.leaky_relu_backward  # of (value, y, slope, True): m * value
         if mask_left and slope != 1:
             a = times_m(a, y, slope, True)
         out = torch.bmm(a, b) if bias is None else torch.baddbmm(bias.unsqueeze(1), a, b)
@@ -156,14 +157,20 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     a_layout, b_layout, y_layout = (layout(v) if v is not None else (False, 0, 0)
                                     for v in (a, b, y))
     bias_batch = 0 if bias is None else bias.stride(0)
-    # The sizes along which memory is contiguous.
-    long = {"M" if a_layout[0] else "K", "K" if b_layout[0] else "N", "N"}
+    # Triton would compile a kernel anew for each class of sizes and strides (1, multiples of 16,
+    # others), 56 times in a default run. `do_not_specialize` switches that off. But a GPU copies
+    # four numbers at once only where the compiler knows that strides are multiples of 4. So a
+    # stride of 512 is passed as 128, and multiplied inside by the constant UNIT = 4, and so are
+    # the sizes along which memory is contiguous. Where one of all these is no multiple of 4, such
+    # as 25 shots, UNIT is 1.
+    contiguous = {"M" if a_layout[0] else "K", "K" if b_layout[0] else "N", "N"}
     if y is not None:
-        long.add("M" if y_layout[0] else "K" if mask_left else "N")
+        contiguous.add("M" if y_layout[0] else "K" if mask_left else "N")
     sizes = {"M": M, "N": N, "K": K}
     strides = [*a_layout[1:], *b_layout[1:], *y_layout[1:], bias_batch]
-    unit = 4 if all(n % 4 == 0 for n in (*strides, *(sizes[name] for name in long))) else 1
-    units = [unit if name in long else 1 for name in "MNK"]
+    divided = [*strides, *(sizes[name] for name in contiguous)]
+    unit = 4 if all(n % 4 == 0 for n in divided) else 1
+    units = [unit if name in contiguous else 1 for name in "MNK"]
     # Large tiles read a and b less often; small ones leave no part of the GPU without work.
     # These were the fastest of those tried on an H100 with the layers of mtgan.py.
     single = a.dtype == torch.float32
@@ -231,7 +238,7 @@ class MaskedProduct(torch.autograd.Function):
         return dg, dweight, None, None, None, None
 
 
-# PyTorch works out the signature of `forward` in every call, unless it finds one written down.
+# In every call, PyTorch asks for the signature of `forward`. One that is written down saves time.
 MaskedLinear.forward.__signature__ = inspect.signature(lambda *inputs: None)
 MaskedProduct.forward.__signature__ = inspect.signature(lambda *inputs: None)
 
@@ -289,8 +296,9 @@ class Recorded:
     On a CPU, a call just calls the function.
 
     Before it is recorded, the function is called once on inputs of nan, to compile kernels. It may
-    draw random numbers and change tensors in place, as optimisers do, but not on such inputs. What
-    else it uses, such as the backend, stays as it was when recorded.
+    draw random numbers and change tensors in place, as optimisers do. But inputs of nan must leave
+    these tensors as they are: a training step has to skip gradients that are not finite. What else
+    the function uses, such as the backend, stays as it was when recorded.
     """
 
     def __init__(self, function):
@@ -313,7 +321,7 @@ class Recorded:
         with torch.random.fork_rng([device]):
             self.function(*self.inputs)
         self.graph = torch.cuda.CUDAGraph()
-        # On a stream of its own: graphs of one stream share memory, which ends with the first.
+        # On one stream, a second graph would use memory that is freed with the first.
         stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream):
             self.results = self.function(*self.inputs)
