@@ -358,6 +358,8 @@ R1 = 10  # weight of a penalty on D's steepness (Mescheder et al. 2018, arXiv 18
 RATES_LR = 15  # log rates learn at so many times the outer rate of weights, by search
 TRANSFER_STEPS = 20  # one pair of an episode takes as long as so many ordinary steps (on 2 cores)
 SAVE_SECONDS = 30
+# torchrun starts several processes, and tells each its number and how many there are.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def reseed(*key):
     """All random numbers from here on follow from the key."""
@@ -373,8 +375,8 @@ def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
 
     What was stopped, even by kill -9, goes on from the last save, and ends with the same bits:
     state/STAGE.pt has the steps done, the tensors and the optimizers' states, and the random
-    numbers of a step follow from seed, stage and step (and process, if there are several).
-    preview, if given, is called after each save.
+    numbers of a step follow from seed, stage and step (and in all processes but the first, from
+    its number). preview, if given, is called after each save.
     """
     path, first, skipped = Path(args.out, "state", f"{stage}.pt"), 0, 0
     if path.exists():
@@ -651,9 +653,13 @@ def print_tables(folders):
     reports = [load(path, "settings", "domains", "rows") for path in paths]
     for path, report in zip(paths, reports):
         refuse_differences(path.parent, report, reports[0], "make a table of its own", "seed")
+    seeds = {report["settings"]["seed"] for report in reports}
+    require(len(seeds) == len(reports), "two of these runs have the same --seed")
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
-    say(f"{reports[0]['domains']}, n = {sum(row['method'] == 'real images' for row in rows)}")
+    n = sum(row["method"] == "real images" for row in rows)
+    headline = f"{reports[0]['domains']}, n = {n}"
+    say(headline)
     if rows[0]["n"] < 50:
         say(f"Only {rows[0]['n']} images of a class are compared. Fréchet distances of so few are "
             "noise: see how far real images are from others of their class")
@@ -667,8 +673,11 @@ def print_tables(folders):
         if not all(math.isfinite(row[metric]) for row in rows):
             say("-: not finite, as where a GAN diverged or a class has copies of one picture")
     path = Path(folders[0], f"results-of-{len(paths)}.png" if len(paths) > 1 else "results.png")
-    save(path, plot(intervals(rows, "frechet")))
-    say(f"\n{path} shows the first of these tables")
+    try:
+        save(path, plot(intervals(rows, "frechet"), headline))
+        say(f"\n{path} shows the first of these tables")
+    except OSError as error:  # a run of somebody else
+        say(f"\nno plot: {error}")
 
 def intervals(rows, metric):
     """{(method, steps): (mean, two standard errors)}: about the 95 % interval of independent
@@ -686,49 +695,54 @@ def cell(mean, two):
         return "-"
     return f"{mean:.0f} ± {two:.0f}" if mean >= 10 else f"{mean:.2f} ± {two:.2f}"
 
-def plot(found):
+def plot(found, title):
     """Fréchet distance against steps, both logarithmic, of {(method, steps): (mean, two)}: for
     each GAN a line within its interval, for what needs no GAN a level."""
     gans = list(dict.fromkeys(method for method, step in found if step))
     points = {(method, step): (mean, two) for (method, step), (mean, two) in found.items()
               if math.isfinite(mean) and (step or method not in gans)}
-    means = [mean for mean, _ in points.values()]
-    low, high = 0.8 * min(means) + 1e-9, 1.2 * max(means) + 1e-8
+    means = [mean for mean, _ in points.values()] or [1]
+    high = 1.2 * max(means) + 1e-9
+    low = max(0.8 * min(means), high / 1e5)
     steps = sorted({step for _, step in found if step})
     canvas = Image.new("RGB", (1600, 1000), "white")  # made small at the end, to be smooth
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(30)
 
     def place(step, distance):  # in pixels
         across = math.log(step) / math.log(max(2, steps[-1]))
-        up = math.log(max(distance, low) / low) / math.log(high / low)
-        return 120 + 1440 * across, 900 - 840 * up
+        up = math.log(min(max(distance, low), high) / low) / math.log(high / low)
+        return 120 + 1440 * across, 900 - 740 * up
 
     def level(distance, colour, text, anchor, right, down):
         x, y = place(1, distance)
         pen.line([x, y, 1560, y], colour, 3)
         pen.text((x + right, y + down), text, "black", font, anchor)
 
-    for distance in (digit * 10.0 ** power for power in range(-3, 9) for digit in (1, 2, 5)):
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for distance in (digit * 10.0 ** power for power in decades for digit in (1, 2, 5)):
         if low < distance < high:
             level(distance, "#e0e0e0", f"{distance:g}", "rm", -15, 0)
-    for method, step in points:
-        if not step:
-            level(points[method, 0][0], "#606060", method, "lb", 10, -5)
-    for step in steps:
-        pen.text((place(step, low)[0], 915), str(step), "black", font, "mt")
-    pen.text((840, 955), "steps of adaptation", "black", font, "mt")
-    pen.text((20, 5), "Frechet distance", "black", font)  # Pillow's font has no accents
-    for i, (method, colour) in enumerate(zip(gans, COLOURS)):
-        line = [(step, *points[method, step]) for step in steps if (method, step) in points]
-        lower, middle, upper = ([place(step, mean + side * two) for step, mean, two in line]
-                                for side in (-1, 0, 1))
-        legend = 1120, 60 + 45 * i
+    lines = [list(itertools.takewhile(points.get, ((method, step) for step in steps)))
+             for method in gans]  # which end where a GAN diverged
+    for line, colour in zip(lines, COLOURS):
+        upper, lower = ([place(step, points[method, step][0] + side * points[method, step][1])
+                         for method, step in line] for side in (1, -1))
         if line:
             pen.polygon(upper + lower[::-1], f"{colour}40")
+    for i, (method, line, colour) in enumerate(zip(gans, lines, COLOURS)):
+        middle = [place(step, points[method, step][0]) for method, step in line]
+        legend = 160 + 700 * (i % 2), 80 + 45 * (i // 2)
         pen.line(middle, colour, 6)
         for x, y in [*middle, legend]:
             pen.regular_polygon((x, y, 12), 3 + i, fill=colour)
-        pen.text((1150, legend[1]), method, colour, font, "lm")
+        pen.text((legend[0] + 30, legend[1]), method, colour, font, "lm")
+    for i, method in enumerate([method for method, step in points if not step][::-1]):
+        level(points[method, 0][0], "#606060", method, "lb", 10 + 430 * i, -5)
+    for step in steps:
+        pen.text((place(step, low)[0], 915), str(step), "black", font, "mt")
+    pen.text((840, 955), "steps of adaptation", "black", font, "mt")
+    # Pillow's font has no accents.
+    pen.text((20, 10), f"Frechet distance with 95 % intervals: {title}", "black", font)
     return canvas.resize((800, 500), Image.LANCZOS)
 
 def picture(images, columns, zoom):
@@ -746,7 +760,7 @@ def filmstrip(film):
     ink, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for i, (target, method) in enumerate(strips):
         y = (side + above) * i
-        ink.text((4, y), f"{target}, {method}", 0, font)
+        ink.text((4, y), f"{method}, {target}", 0, font)
         drawn = film[target, method]
         sheets = {f"step {steps}": images for steps, images in drawn.items()
                   if steps not in (0, 2)}  # to fit into 960 pixels
@@ -795,10 +809,12 @@ def load_domains(args):
     train = [(s, t) for s, t in dict.fromkeys(itertools.product(sources, targets)) if s != t]
     test = [name for name in dict.fromkeys(sides[1]) if name in held_out]
     require(len(images) > 1 and (train or args.test is not None),
-            "too few classes: 2 to test, and to train, a third of each data set is held out")
-    fewest = min(len(images[name]) for name in test)
+            "too few classes: a test needs 2. To train, --source and --target need 2 each, because "
+            "a third of the classes of each data set is held out")
+    fewest, smallest = min((len(images[name]), name) for name in test)
+    advice = f"take --shots {fewest - 4} or less" if fewest > 4 else "it needs 5 or more"
     require(fewest >= args.shots + 4,  # a test compares 2 with 2
-            f"a class to test has {fewest} images: that allows --shots {fewest - 4} or less")
+            f"'{smallest}', a class to test, has {fewest} images: {advice}")
     return Domains(images, train, test, fewest, " and ".join(dict.fromkeys(titles)))
 
 def load_dataset(spec, data_dir):
@@ -828,26 +844,32 @@ def load_dataset(spec, data_dir):
 def load_torchvision(name, data_dir):
     """MNIST or its kind, from data_dir or downloaded: {class: uint8 [n, 784]}"""
     kind = getattr(torchvision.datasets, TORCHVISION[name])
+    downloads = Path(data_dir, "downloads")  # of its own, so that a user's files are left alone
     socket.setdefaulttimeout(20)
 
-    def parts_of(folder, download):
+    def parts_of(folder, download=False):
         return [kind(folder, train, download=download) for train in (True, False)]
 
+    def find():
+        for folder in (data_dir, downloads):
+            try:
+                return parts_of(folder)
+            except RuntimeError as error:
+                if "not found" not in str(error):  # but damaged
+                    raise
+        downloads.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(downloads / ".lock"):  # another run waits, and finds them
+            return parts_of(downloads, download=True)
+
     try:
-        try:
-            parts = parts_of(data_dir, download=False)
-        except RuntimeError:  # nothing there, or not all
-            downloads = Path(data_dir, "downloads")  # so that a user's files are left alone
-            downloads.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(downloads / ".lock"):  # another run waits, and finds them
-                parts = parts_of(downloads, download=True)
+        parts = find()
         for part in parts:
             require(part.data.shape == (len(part.targets), 28, 28), "not 28 x 28, a label each")
     except Exception as error:
-        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). They "
-                        f"belong into {Path(data_dir, kind.__name__, 'raw')}, with names such as "
-                        "train-images-idx3-ubyte. To try the program without data, take strokes "
-                        "and shapes") from None
+        raise UserError(f"no network, or damaged files of '{name}' in {data_dir} ({error}). Yours "
+                        f"belong, unpacked, into {Path(data_dir, kind.__name__, 'raw')}, such as "
+                        f"train-images-idx3-ubyte; {downloads} can be deleted. To try the program "
+                        "without data, take strokes and shapes") from None
     images = torch.cat([part.data for part in parts]).flatten(1).to(torch.get_default_device())
     labels = torch.cat([part.targets for part in parts])
     names = [label.split(" - ")[0] for label in parts[0].classes]
@@ -998,8 +1020,6 @@ def save(path, content):
         torch.save(content, buffer)
         temporary.write_bytes(buffer.getvalue())
     os.replace(temporary, path)
-
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def join_processes(args):
     """Meet the other processes that torchrun has started, if there are any."""

@@ -508,14 +508,17 @@ def test_a_plot():
     rows = [row_of("MT-GAN", steps, 1000 / steps) for steps in (1, 3, 10, 100)]
     rows += [row_of("MT-GAN", 0, 5e3), row_of("diverged", 1, math.inf)]
     found = mtgan.intervals([*rows, row_of("Gaussian", 0, 100.0)], "frechet")
-    pixels = np.asarray(mtgan.plot(found)).astype(int)
+    pixels = np.asarray(mtgan.plot(found, "a title")).astype(int)
     blue = np.abs(pixels - [0, 0x72, 0xB2]).max(-1) < 10
-    blue[:100, 540:] = False                    # the legend
+    blue[:75] = False                           # the legend
     y, x = np.nonzero(blue)
     assert pixels.shape == (500, 800, 3) and np.corrcoef(x, y)[0, 1] > 0.999
     assert x.min() < 65 and x.max() > 775
     at_10 = y[abs(x - 420) < 2].mean()          # halfway from 1 to 100, where the level is, too
     assert abs((np.abs(pixels[:, 700] - 0x60).max(-1) < 10).argmax() - at_10) < 3
+    for values in ([], [math.inf], [0.0, 0.0], [1e20, 1.0]):
+        mtgan.plot(mtgan.intervals([row_of("a", *at) for at in enumerate(values, 1)] + rows[-1:],
+                                   "frechet"), "")
 
 def test_judging_samples():
     torch.manual_seed(0)
@@ -573,7 +576,7 @@ def test_a_filmstrip():
         labels.append(label)
     with patch.object(mtgan.ImageDraw.ImageDraw, "text", text):
         strip = mtgan.filmstrip(film)
-    assert labels == ["t, Gaussian", "support", "samples", "t, m", "support", "step 1", "step 10"]
+    assert labels == ["Gaussian, t", "support", "samples", "m, t", "support", "step 1", "step 10"]
     grey = [strip.getpixel((120 * i + 20, y)) for y in (60, 220) for i in range(3)]
     assert grey[0] == grey[3] > grey[5] > grey[4] > grey[1] and grey[2] == 255 and film == kept
 
@@ -967,9 +970,10 @@ def test_mnist_files(tmp_path):
     ("train-images-idx3-ubyte", bytes([0, 0, 8, 3, *3 * [0, 0, 0, 28], 1, 2]))])
 def test_damaged_mnist_files(name, changed, tmp_path, offline, capsys):
     put_mnist(tmp_path, {name: changed})
+    kept = contents(tmp_path)
     where = ["--data-dir", tmp_path, "--out", tmp_path / "out"]
     line = refused(capsys, "--source", "mnist", *TINY, *where)
-    assert f"'mnist' in {tmp_path}" in line and "damaged" in line
+    assert f"'mnist' in {tmp_path}" in line and "damaged" in line and contents(tmp_path) == kept
 
 def test_without_a_network(tmp_path, offline, capsys):
     line = refused(capsys, "--source", "mnist", *TINY, "--data-dir", tmp_path / "none")
@@ -1281,6 +1285,8 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     assert table(finished, f"{finished}/") == one               # one run, named twice
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "seed": 7}}))
     two = table(finished, tmp_path)
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    assert "same --seed" in refused(capsys, "--tables", finished, tmp_path, tmp_path / "copy")
     assert all((finished / f"results{kind}.png").exists() for kind in ("", "-of-2"))
     assert one[0] == f"{report['domains']}, n = 2" and two[0].endswith("n = 4")
     assert one[1] == two[1] and two[2] < one[2] / 1.6
