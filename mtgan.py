@@ -266,7 +266,7 @@ def sample(images, *counts):
     """Random images of a class: uint8 [m, 784] -> [-1, 1] [sum of counts, 784].
 
     No image is in two of the counts, as in support and query. Where a class has too few, each
-    count gets an equal part of them, and as many altered copies of these as it lacks."""
+    count gets an equal part of them, and as many `altered` copies of these as it lacks."""
     order, n = torch.randperm(len(images)), sum(counts)
     if n <= len(images):
         return images[order[:n]] / 127.5 - 1
@@ -276,21 +276,6 @@ def sample(images, *counts):
         copies, = altered(own[None, torch.arange(count) % len(own)])
         sampled += [own[:count], copies[len(own):]]
     return torch.cat(sampled)
-
-def altered(images, strength=1.0):
-    """Copies of images [T, n, 784], each turned, scaled and moved a little, as a gradient can
-    follow."""
-    shape, n = images.shape, images.shape[0] * images.shape[1]
-
-    def uniform(most):
-        return most * strength * (2 * torch.rand(n) - 1)
-
-    angle, scale = uniform(0.2), 1 + uniform(0.15)  # 0.2 is 12 degrees
-    cos, sin = scale * angle.cos(), scale * angle.sin()
-    affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # frame: 2 wide
-    grid = F.affine_grid(affine.view(n, 2, 3), (n, 1, 28, 28), align_corners=False)
-    light = images.reshape(n, 1, 28, 28) + 1  # so that 0, which lies outside of it, is black
-    return F.grid_sample(light, grid, align_corners=False).view(shape) - 1
 
 def sample_images(domains, classes, *counts):
     """Images of each class  # [T, sum of counts, 784]"""
@@ -528,6 +513,20 @@ def few_shot(support, start, lr=ADAM_LR):
         step_on(support, noise(len(support), FAKES))
         yield players.theta
 
+def altered(images, strength=1.0):
+    """Copies of images [T, n, 784], each turned, scaled and moved a little. Gradients pass."""
+    shape, n = images.shape, images.shape[0] * images.shape[1]
+
+    def uniform(most):
+        return most * strength * (2 * torch.rand(n) - 1)
+
+    angle, scale = uniform(0.2), 1 + uniform(0.15)  # 0.2 is 12 degrees
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    affine = torch.stack([cos, -sin, uniform(0.12), sin, cos, uniform(0.12)], 1)  # frame: 2 wide
+    grid = F.affine_grid(affine.view(n, 2, 3), (n, 1, 28, 28), align_corners=False)
+    light = images.reshape(n, 1, 28, 28) + 1  # so that 0, which lies outside of it, is black
+    return F.grid_sample(light, grid, align_corners=False).view(shape) - 1
+
 def draw_progress(stage, start, domains, args):
     """Rewrite progress.png: eight images of each held-out target, and what each stage's start
     draws after ten steps on them, always with the same noise. A row for each stage."""
@@ -657,8 +656,9 @@ def print_tables(folders):
     require(len(seeds) == len(reports), "two of these runs have the same --seed")
     rows = [row for report in reports for row in report["rows"]]
     columns = reports[0]["settings"]["test_steps"]
-    n = sum(row["method"] == "real images" for row in rows)
-    headline = f"{reports[0]['domains']}, n = {n}"
+    classes, draws = (len({row[key] for row in rows}) for key in ("target", "seed"))
+    headline = f"{reports[0]['domains']}, n = {classes} classes x {draws} draws"
+    headline += f" x {len(reports)} runs" if len(reports) > 1 else ""
     say(headline)
     if rows[0]["n"] < 50:
         say(f"Only {rows[0]['n']} images of a class are compared. Fréchet distances of so few are "

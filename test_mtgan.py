@@ -1288,7 +1288,8 @@ def test_tables_of_several_runs(finished, tmp_path, capsys):
     shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
     assert "same --seed" in refused(capsys, "--tables", finished, tmp_path, tmp_path / "copy")
     assert all((finished / f"results{kind}.png").exists() for kind in ("", "-of-2"))
-    assert one[0] == f"{report['domains']}, n = 2" and two[0].endswith("n = 4")
+    assert one[0] == f"{report['domains']}, n = 2 classes x 1 draws"
+    assert two[0] == f"{one[0]} x 2 runs"
     assert one[1] == two[1] and two[2] < one[2] / 1.6
     path.write_text(json.dumps({**report, "settings": {**report["settings"], "shots": 7}}))
     assert "has other shots (7, not 3)" in refused(capsys, "--tables", finished, tmp_path)
