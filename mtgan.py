@@ -16,14 +16,16 @@ The words of this file:
     shots        how many images are given
     support      these images
     query        other images of the domain, which only score what was learned
-    pair         two domains, one of --source and one of --target, which training takes as two
-                 separate tasks; tests use only target domains that training never saw
-    episode      the tasks of one pair (or of --meta-batch pairs), as one batch of T tasks
+    pair         two domains, one of --source and one of --target; each is a task of its own
+    episode      what one outer step learns from: a pair (or more, --meta-batch), as T tasks
     inner step   a step of D and a step of G on the support of a task
     start        what every task starts from: theta, phi and the inner steps' learning rates
     outer step   a step of the start, after an episode
 
-The whole algorithm, in the names of the functions below:
+MAML asks how the start should change so that the score *after* the inner steps gets better. Each
+inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
+the start towards the weights at which the inner steps arrived. Their lengths cannot be compared,
+so each is scaled to length one. The whole algorithm, in the names of the functions below:
 
     theta, phi = train_gan(...)                     # warm start: an ordinary GAN
     for each episode:
@@ -39,10 +41,7 @@ The whole algorithm, in the names of the functions below:
         direction = maml/|maml| + reptile/|reptile|
         (theta, phi, log rates) take a step of Adam, with direction/|direction| for gradient
 
-MAML asks how the start should change so that the score *after* the inner steps gets better. Each
-inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
-the start towards the weights at which the inner steps arrived. Each is scaled to length one,
-because their lengths cannot be compared.
+Then the start is tested on domains of --target that training never saw.
 """
 import argparse, ast, contextlib, datetime, hashlib, io, itertools, json, math, os, random, re
 import socket, sys, time
