@@ -66,15 +66,15 @@ from kernels import Recorded, fused_linear
 class Settings:
     """The hyper-parameters. 'By search' means the best in trials on classes that are neither
     trained nor tested on (findings/EXPERIMENTS.md)."""
-    algorithm: str = "both"  # by search: better than MAML alone and Reptile alone
-    shots: int = 25          # an effort that a user can make
-    inner_steps: int = 5     # an episode's memory and time grow with each
-    inner_lr: float = 2e-3   # initial rate of G; D's is half. Both are learned
-    warm_steps: int = 5000   # ordinary GAN steps; by search: without them all is worse
-    meta_steps: int = 500    # episodes; by search: twice as many gain nothing
-    meta_batch: int = 1      # pairs of an episode
-    meta_lr: float = 4e-4    # outer rate, by search
-    made_up: float = 0.7     # share of tasks that get a made-up domain, by search
+    algorithm = "both"    # by search: better than MAML alone and Reptile alone
+    shots = 25            # an effort that a user can make
+    inner_steps = 5       # an episode's memory and time grow with each
+    inner_lr = 2e-3       # initial rate of G; D's is half. Both are learned
+    warm_steps = 5000     # ordinary GAN steps; by search: without them all is worse
+    meta_steps = 500      # episodes; by search: twice as many gain nothing
+    meta_batch = 1        # pairs of an episode
+    meta_lr = 4e-4        # outer rate, by search
+    made_up = 0.7         # share of tasks that get a made-up domain, by search
 
 # 1  Networks --------------------------------------------------------------------------
 # A comment such as "# [T, B, 784]" is the shape of a tensor:
