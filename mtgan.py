@@ -1181,7 +1181,7 @@ def make_parser():
     option("target", "target domains", ["fashion"], **specs)
     option("data_dir", "folder of the data sets", "data", metavar="DIR")
     option("out", "folder for the results", "runs/...", metavar="DIR")
-    option("seed", "all random numbers follow from it", 0)
+    option("seed", "all random numbers follow from it (0)", 0)
     option("shots", "images to adapt to; for --adapt the most")
     option("device", "cpu, cuda or cuda:1", device, metavar="NAME")
     option("kernel", "of linear layers: torch, triton, or auto, which is torch", "auto",
@@ -1207,7 +1207,7 @@ def make_parser():
     option = options_of("adapt")
     option("adapt", "adapt RUN's start, or the one in assets, to --target",
            **run_or_shipped)
-    option("steps", "steps to adapt", 100)
+    option("steps", "steps to adapt", 200)
     option("samples", "images to draw", 64)
     option = options_of("tables")
     option("tables", "print one table of these runs", (), nargs="+", metavar="RUN")
