@@ -9,8 +9,8 @@ straight lines, so for a derivative m is a constant; and y has the sign of what 
 LeakyReLU, so m can be read off y. Two operations are enough. What stands behind the semicolon
 only says where m comes from: in the layer itself y is the result, in its derivatives it is given.
 
-    MaskedLinear(x, W, b; y) = m * (x Wᵀ + b)
-    MaskedProduct(g, W; y)   = (m * g) W, and the sum of each row of m * g
+    MaskedLinear(x, W, b; y) = m * (x Wᵀ + b)                               [T, B, N]
+    MaskedProduct(g, W; y)   = (m * g) W, and the sum of each row of m * g  [T, B, K], [T, B]
 
 Let g [T, B, N] be the gradient that arrives at MaskedLinear. By the chain rule, the gradients are
 
@@ -22,6 +22,9 @@ Then the gradients are
 
     of g:        m * (u Wᵀ + v)        = MaskedLinear(W, u, v; yᵀ)ᵀ
     of W:        (m * g)ᵀ u            = MaskedProduct(gᵀ, u; yᵀ)
+
+(v has a number for each row, but the bias of MaskedLinear one for each column. So that operation
+makes the transpose, with W in the place of x and u in that of the weight.)
 
 These are the same two operations again, so autograd can go on to any order. Both are one matrix
 product with a mask, computed by a kernel in Triton, a dialect of Python for GPUs, or by PyTorch.
@@ -53,7 +56,7 @@ except ImportError:  # Triton has no release for macOS and Windows
 #
 # An `if` on a tl.constexpr or on None is decided when the kernel is compiled. A matrix is stored by
 # rows or, as a transposed one, by columns (*_BY_COLUMNS); its rows or columns lie *_pitch apart,
-# and its tasks *_batch. UNIT and its kind are explained where the kernel is called.
+# and its tasks *_batch. UNIT and its kind are explained at `units`.
 if triton is not None:
     @triton.jit
     def load_tile(matrix, pitch, rows, columns, height, width, BY_COLUMNS: tl.constexpr):
@@ -76,7 +79,7 @@ if triton is not None:
             PRECISION: tl.constexpr,
             TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr):
         M, N, K = M * UNIT_M, N * UNIT_N, K * UNIT_K
-        slope = tl.full((1, 1), slope, a.dtype.element_ty)
+        slope = tl.full((1, 1), slope, a.dtype.element_ty)  # else products would be of float64
         # Which tile is ours? One matrix has fewer than 2³¹ elements, but not all tasks together.
         t = tl.program_id(0).to(tl.int64)
         rows = tl.program_id(1) * TILE_M + tl.arange(0, TILE_M)
@@ -101,8 +104,9 @@ if triton is not None:
                 signs = load_tile(y_t, y_pitch * UNIT, rows, inner, M, K, Y_BY_COLUMNS)
                 left = tl.where(signs > 0, left, left * slope)
             right = load_tile(b, b_pitch * UNIT, inner, columns, K, N, B_BY_COLUMNS)
-            acc = tl.dot(left, right, acc, PRECISION, out_dtype=acc.dtype)
-            row_sums += tl.sum(left, 1)
+            acc = tl.dot(left, right, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+            if sums is not None:
+                row_sums += tl.sum(left, 1)
 
         # Mask the result and store it. `out` is contiguous.
         if MASK == "result":
@@ -131,6 +135,21 @@ def layout(v):
     return None
 
 
+def units(sizes, contiguous, strides):
+    """The constants UNIT and UNIT_M, _N, _K of the kernel.
+
+    A GPU copies four numbers at once only where the compiler knows that strides, and the sizes
+    along which memory is contiguous, are multiples of 4. So a stride of 784 is passed as 196, and
+    the kernel computes 196 * UNIT. Where one of them is none, such as 25 shots, UNIT is 1.
+
+    Triton can find this out itself: it compiles a kernel anew for each class of its numbers (1,
+    multiples of 16, others), 56 times in a default run. `do_not_specialize` switches that off.
+    """
+    divided = [*strides, *(sizes[name] for name in contiguous)]
+    unit = 4 if all(n % 4 == 0 for n in divided) else 1
+    return unit, [unit if name in contiguous else 1 for name in sizes]
+
+
 def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False):
     """a b + bias [T, M, N] and, if row_sums, the sums of the rows of a [T, M], else None.
 
@@ -157,20 +176,11 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     a_layout, b_layout, y_layout = (layout(v) if v is not None else (False, 0, 0)
                                     for v in (a, b, y))
     bias_batch = 0 if bias is None else bias.stride(0)
-    # Triton would compile a kernel anew for each class of sizes and strides (1, multiples of 16,
-    # others), 56 times in a default run. `do_not_specialize` switches that off. But a GPU copies
-    # four numbers at once only where the compiler knows that strides are multiples of 4. So a
-    # stride of 512 is passed as 128, and multiplied inside by the constant UNIT = 4, and so are
-    # the sizes along which memory is contiguous. Where one of all these is no multiple of 4, such
-    # as 25 shots, UNIT is 1.
+    strides = [*a_layout[1:], *b_layout[1:], *y_layout[1:], bias_batch]
     contiguous = {"M" if a_layout[0] else "K", "K" if b_layout[0] else "N", "N"}
     if y is not None:
         contiguous.add("M" if y_layout[0] else "K" if mask_left else "N")
-    sizes = {"M": M, "N": N, "K": K}
-    strides = [*a_layout[1:], *b_layout[1:], *y_layout[1:], bias_batch]
-    divided = [*strides, *(sizes[name] for name in contiguous)]
-    unit = 4 if all(n % 4 == 0 for n in divided) else 1
-    units = [unit if name in contiguous else 1 for name in "MNK"]
+    unit, (unit_m, unit_n, unit_k) = units({"M": M, "N": N, "K": K}, contiguous, strides)
     # Large tiles read a and b less often; small ones leave no part of the GPU without work.
     # These were the fastest of those tried on an H100 with the layers of mtgan.py.
     single = a.dtype == torch.float32
@@ -182,9 +192,11 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
         split = single and torch.version.hip is None and torch.cuda.is_tf32_supported()
         product_kernel[T, triton.cdiv(M, tile_m), triton.cdiv(N, tile_n)](
             a, b, y, bias, out, sums, *(stride // unit for stride in strides),
-            *(n // u for n, u in zip((M, N, K), units)), slope, mask,
-            a_layout[0], b_layout[0], y_layout[0], unit, *units,
-            "tf32x3" if split else "ieee", tile_m, tile_n, tile_k, num_warps=warps)
+            M // unit_m, N // unit_n, K // unit_k, slope=slope, MASK=mask,
+            A_BY_COLUMNS=a_layout[0], B_BY_COLUMNS=b_layout[0], Y_BY_COLUMNS=y_layout[0],
+            UNIT=unit, UNIT_M=unit_m, UNIT_N=unit_n, UNIT_K=unit_k,
+            PRECISION="tf32x3" if split else "ieee",
+            TILE_M=tile_m, TILE_N=tile_n, TILE_K=tile_k, num_warps=warps)
     return out, sums
 
 
@@ -198,13 +210,13 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, _, y, *ctx.how = inputs
+        x, weight, _, y, slope, backend = inputs
+        ctx.how = slope, backend
         ctx.save_for_backward(x, weight, output if y is None else y)
 
     @staticmethod
     def backward(ctx, g):
         x, weight, y = ctx.saved_tensors
-        y = y.detach()  # m is a constant: no gradient runs back through y
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         dx = dweight = dbias = None
         if for_x:
@@ -223,7 +235,8 @@ class MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        g, weight, y, _, *ctx.how = inputs
+        g, weight, y, _, slope, backend = inputs
+        ctx.how = slope, backend
         ctx.save_for_backward(g, weight, y)
 
     @staticmethod
@@ -295,10 +308,10 @@ class Recorded:
     (of the same shapes, or ValueError is raised). It overwrites the results of the call before.
     On a CPU, a call just calls the function.
 
-    Before it is recorded, the function is called once on inputs of nan, to compile kernels. It may
-    draw random numbers and change tensors in place, as optimisers do. But inputs of nan must leave
-    these tensors as they are: a training step has to skip gradients that are not finite. What else
-    the function uses, such as the backend, stays as it was when recorded.
+    A recording needs a call before it, to compile kernels. With real inputs that would be a
+    training step too many. So its inputs are nan, which a training step has to skip anyway: on
+    them, the function must not change anything in place. It may draw random numbers. What else it
+    uses, such as the backend, stays as it was when recorded.
     """
 
     def __init__(self, function):
@@ -321,7 +334,7 @@ class Recorded:
         with torch.random.fork_rng([device]):
             self.function(*self.inputs)
         self.graph = torch.cuda.CUDAGraph()
-        # On one stream, a second graph would use memory that is freed with the first.
+        # Graphs of one stream share a workspace of cuBLAS, which is freed with the first of them.
         stream = torch.cuda.Stream(device)
         with torch.cuda.device(device), torch.cuda.graph(self.graph, stream=stream):
             self.results = self.function(*self.inputs)
@@ -330,7 +343,7 @@ class Recorded:
 def use_whole_cpu():
     """Two settings, for the rest of the process, that make training on a CPU faster."""
     # PyTorch's usual library does not use the full width of every CPU, but oneDNN does. "medium"
-    # lets PyTorch ask it. Where a CPU multiplies bfloat16, "medium" would round to that, too.
+    # lets PyTorch ask it. It also lets a CPU that can round to bfloat16 do so: then put it back.
     torch.set_float32_matmul_precision("medium")
     a = torch.rand(256, 256, device="cpu")
     exact = a.double() @ a.double()

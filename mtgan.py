@@ -16,20 +16,21 @@ The words of this file:
     shots        how many images are given
     support      these images
     query        other images of the domain, which only score what was learned
-    pair         two domains, one of --source and one of --target; each is a task of its own
-    episode      what one outer step learns from: a pair (or more, --meta-batch), as T tasks
+    pair         a source domain and a target domain: each is a task of its own
+    episode      what one outer step learns from: one pair (or --meta-batch), so T = 2 tasks
     inner step   a step of D and a step of G on the support of a task
     start        what every task starts from: theta, phi and the inner steps' learning rates
     outer step   a step of the start, after an episode
 
 MAML asks how the start should change so that the score *after* the inner steps gets better. Each
 inner step contains a gradient, so this takes gradients of gradients. Reptile takes none: it moves
-the start towards the weights at which the inner steps arrived. Their lengths cannot be compared,
-so each is scaled to length one. The whole algorithm, in the names of the functions below:
+the start towards the weights at which the inner steps arrived. MT-GAN adds both directions, each
+scaled to length one, because one is a slope and the other a distance. The whole algorithm, in the
+names of the functions below:
 
     theta, phi = train_gan(...)                     # warm start: an ordinary GAN
     for each episode:
-        images = sample_images(sample_pairs(...))   # most replaced by random shapes (section 5)
+        images = sample_images(sample_classes(...)) # most replaced by random shapes (section 5)
         support, query = split(images)
         theta_k, phi_k = theta, phi                 # a copy for every task
         for each inner step:                        # inner_step
@@ -90,7 +91,7 @@ class Players(NamedTuple):
     phi: list
 
 class Start(NamedTuple):
-    """What meta-training learns. All tasks share the weights, so T = 1."""
+    """What meta-training learns, and what mtgan.pt holds. All tasks share the weights, so T = 1."""
     theta: list
     phi: list
     log_rates: torch.Tensor  # [inner steps, 2 (G, D), layers]; as logs, so that rates stay > 0
@@ -108,7 +109,8 @@ def each(function, players):
 
 def flat(weights):
     """All tensors of `Players` or of a `Start`, in a list."""
-    return [*weights.theta, *weights.phi, *weights[2:]]
+    theta, phi, *log_rates = weights  # which only a `Start` has
+    return [*theta, *phi, *log_rates]
 
 def network(parameters, x, slope):
     """Linear layers with LeakyReLU between them: x [T, B, K] -> [T, B, N].
@@ -170,14 +172,14 @@ def inner_step(theta, phi, rates, real, second_order=True):
     (Antoniou et al. 2019, arXiv 1810.09502). real: images [T, B, 784]. Without second_order the
     gradients become constants.
 
-    An inner gradient is *partial*: a player moves its own weights and takes all else as given.
-    But from the second step on, `fake` is itself a function of phi, because theta was moved by a
-    gradient that went through D. D's gradient must ignore this. The outer gradient must not.
-        torch.func.grad(f)(phi)   differentiates by f's argument. All else in f is a constant for
-                                  it, and stays in the graph of the outer gradient
-        torch.autograd.grad       would follow `fake` back to phi already now
-        fake.detach()             would cut it off from the outer gradient, too
-    Neither mistake raises an error.
+    An inner gradient is *partial*: a player takes all but its own weights as given. Consider the
+    second step. theta came from a gradient through phi, so `fake` depends on phi. D's gradient must
+    ignore this, as if `fake` were data. The outer gradient, computed later, must follow it.
+        torch.func.grad(f)(phi)   is right: it differentiates by f's argument alone, and leaves
+                                  all else in the graph of the outer gradient
+        torch.autograd.grad       is wrong: it would follow `fake` back to phi
+        fake.detach()             is wrong: the outer gradient would lose this path, too
+    The two that are wrong raise no error.
     """
     rates_g, rates_d = rates
     z = noise(len(real), FAKES)
@@ -208,6 +210,8 @@ def descend(parameters, rates, gradients, second_order):
     return moved
 
 # 4  Outer loop: the start learns ------------------------------------------------------
+ALGORITHMS = "maml", "fomaml", "reptile", "both"
+
 def meta_gradient(start, support, query, algorithm):
     """Score of an episode, and the direction to subtract, like [*theta, *phi, log_rates].
     The images of T tasks: support [T, shots, 784], query [T, queries, 784].
@@ -219,11 +223,13 @@ def meta_gradient(start, support, query, algorithm):
     both     maml/|maml| + reptile/|reptile|
     """
     tasks, queries, _ = query.shape
-    shared, log_rates = each(differentiable, start), differentiable(start.log_rates)
+    shared = each(differentiable, start)
+    log_rates = differentiable(start.log_rates)
+    second_order = algorithm in ("maml", "both")
     # A copy for every task. Autograd sums the gradients of these copies.
     theta, phi = each(lambda p: p.expand(tasks, *p.shape[1:]), shared)
     for rates in log_rates.exp():
-        theta, phi = inner_step(theta, phi, rates, support, algorithm in ("maml", "both"))
+        theta, phi = inner_step(theta, phi, rates, support, second_order)
     fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
     score = energy_distance(fake, query).mean()
 
@@ -233,7 +239,7 @@ def meta_gradient(start, support, query, algorithm):
     if algorithm == "reptile":
         return score.detach(), reptile
     maml = torch.autograd.grad(score, [*flat(shared), log_rates], materialize_grads=True)
-    if algorithm != "both":
+    if algorithm in ("maml", "fomaml"):
         return score.detach(), maml
     return score.detach(), [m + r for m, r in zip(unit(maml), unit(reptile))]
 
@@ -249,9 +255,9 @@ def unit(tensors):
 QUERIES = 64  # images that score a generator
 # The few known classes would soon be learned by heart. A made-up domain never returns, so only
 # its support can tell what it looks like. These shares were found by search, too:
-MIXED = 0.3  # of tasks that take half of their images from another, as users' folders may
-PEN = 0.3  # of made-up domains that are outlines, as if drawn with a pen
-FILLED = 0.57  # of made-up domains without a pen that fill the frame, as a pullover does
+MIXED = 0.3  # of tasks, half of whose images come from another domain, as in a user's folder
+PEN = 0.3  # of made-up domains: they are outlines, as if drawn with a pen
+FILLED = 0.57  # of made-up domains without a pen: they fill the frame, as a pullover does
 
 class Domains(NamedTuple):
     """All images of a run, and what to train and to test on."""
@@ -265,7 +271,7 @@ def sample(images, *counts):
     """Random images of a class: uint8 [m, 784] -> [-1, 1] [sum of counts, 784].
 
     No image is in two of the counts, as in support and query. Where a class has too few, each
-    count gets an equal part of them, and as many `altered` copies of these as it lacks."""
+    count gets an equal part of them, and as many `altered` copies as it lacks (section 7)."""
     order, n = torch.randperm(len(images)), sum(counts)
     if n <= len(images):
         return images[order[:n]] / 127.5 - 1
@@ -273,16 +279,16 @@ def sample(images, *counts):
     for part, count in zip(order.tensor_split(len(counts)), counts):
         own = images[part] / 127.5 - 1
         copies, = altered(own[None, torch.arange(count) % len(own)])
-        sampled += [own[:count], copies[len(own):]]
+        sampled += [own[:count], copies[len(own):]]  # the first ones are not needed
     return torch.cat(sampled)
 
 def sample_images(domains, classes, *counts):
     """Images of each class  # [T, sum of counts, 784]"""
     return torch.stack([sample(domains.images[name], *counts) for name in classes])
 
-def sample_pairs(domains, n):
-    """n random pairs, as a list of 2 n classes."""
-    return [name for pair in random.choices(domains.train, k=n) for name in pair]
+def sample_classes(domains, pairs):
+    """The classes of so many random pairs, in a list."""
+    return [name for pair in random.choices(domains.train, k=pairs) for name in pair]
 
 def split(images, shots):
     """Images [T, n, 784] as support [T, shots, 784] and query [T, n - shots, 784]."""
@@ -295,8 +301,8 @@ def with_made_up(images, share):
     return torch.where(torch.rand(tasks, 1, 1) < share, made_up, images)
 
 def with_mixtures(images):
-    """Images [T, n, 784]. In some tasks half of them, in support and query alike, are taken from
-    the task at the same place from the end: with one pair, from the other domain."""
+    """Images [T, n, 784]. In some tasks half of them, in support and query alike, are replaced by
+    those at the same places in task T - 1 - t: with one pair, in the other domain."""
     tasks, n, _ = images.shape
     replaced = (torch.rand(tasks, 1, 1) < MIXED) & (torch.rand(tasks, n, 1) < 0.5)
     return torch.where(replaced, images.flip(0), images)
@@ -305,8 +311,9 @@ def level_sets(pen, n):
     """n images of each made-up domain; pen: bool [T]  # [T, n, 784]
 
     A domain is a random height map, to which each of its images adds a small random change.
-    Pixels above zero are bright or, with a pen, only those near zero, which gives an outline. The
-    numbers were chosen by eye: two domains should differ more than two images of one.
+    Pixels above zero are bright or, with a pen, only those near zero, which gives an outline.
+    There are three kinds: outlines, shapes that fill the frame, and grey islands. The numbers were
+    chosen by eye: two domains should differ more than two images of one.
     """
     tasks, pen = len(pen), pen.view(-1, 1, 1, 1)
 
@@ -340,7 +347,7 @@ def level_sets(pen, n):
 GAN_BATCH, GAN_LR = 64, 2e-4  # real images, and Adam's rate: usual ones for a GAN
 R1 = 10  # weight of a penalty on D's steepness (Mescheder et al. 2018, arXiv 1801.04406)
 RATES_LR = 15  # log rates learn at so many times the outer rate of weights, by search
-TRANSFER_STEPS = 20  # one pair of an episode takes as long as so many ordinary steps (on 2 cores)
+TRANSFER_STEPS = 20  # ordinary steps of transfer for each pair: they take as long (on 2 cores)
 SAVE_SECONDS = 30
 # torchrun starts several processes, and tells each its number and how many there are.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -370,6 +377,7 @@ def run_stage(stage, steps, do_step, tensors, optimizers, args, preview=None):
             optimizer.load_state_dict(state)
     saved = -math.inf
     for step in range(first, steps):
+        # The first process draws what a single one would.
         reseed(args.seed, stage, step, *([RANK] if RANK else []))
         numbers = dict(do_step(step))  # a copy: a recorded step returns the same dict again
         skipped = skipped + numbers.pop("skipped", 0)
@@ -390,18 +398,21 @@ def adam(tensors, lr):
     return torch.optim.Adam(tensors, lr, betas=(0.5, 0.999), fused=True, capturable=True)
 
 def apply_gradients(optimizer, gradients):
-    """A step of the optimizer with gradients [T, ...]. In training T is 1: the step is skipped if
-    a gradient has an inf or nan. In tests, where it may spoil its own task, it is skipped only if
-    every task has one. Returns 1 if it was skipped, else 0  # []"""
+    """A step of the optimizer with gradients [T, ...]. It is skipped if no task has finite ones:
+    in training, where T is 1, if there is an inf or nan; in tests, a task that diverged is left to
+    itself, and the others go on. Returns 1 if it was skipped, else 0  # []"""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])  # [tensors, T]
     some_task_is_fine = norms.isfinite().all(0).any()
-    optimizer.found_inf = 1 - some_task_is_fine.float()  # a 1 lets fused Adam skip
+    optimizer.found_inf = 1 - some_task_is_fine.float()  # 1: Adam skips
     for p, g in zip(optimizer.param_groups[0]["params"], gradients):
         p.grad = g.contiguous()  # fused Adam misreads a transposed gradient, silently
     optimizer.step()
     return optimizer.found_inf
 
-def gan_step(players, optimizers, real, z, average=list, shown=lambda images: images):
+def same(x):
+    return x
+
+def gan_step(players, optimizers, real, z, average=same, shown=same):
     """An ordinary step of D, then one of G, in place. Returns numbers to print.
     real [T, B, 784], z [T, n, 100], optimizers of theta and of phi, average: what is done to
     gradients before they are used, shown: what D sees of images, real or drawn."""
@@ -409,9 +420,9 @@ def gan_step(players, optimizers, real, z, average=list, shown=lambda images: im
     # These share memory with the players: apply_gradients changes both.
     theta, phi = each(differentiable, players)
     fake = generator(theta, z)  # [T, n, 784]
-    seen = shown(fake)
-    real_logits, to_images = vjp(lambda real: discriminator(phi, real), shown(real))
-    steepness, = to_images(torch.ones_like(real_logits))  # of D at the real images  # [T, B, 784]
+    seen, seen_real = shown(fake), differentiable(shown(real))
+    real_logits = discriminator(phi, seen_real)
+    steepness, = torch.autograd.grad(real_logits.sum(), seen_real, create_graph=True)  # like real
     penalty = R1 / 2 * steepness.square().sum(-1).mean(-1)  # keeps D and G from circling
     d = (loss_d(real_logits, discriminator(phi, seen.detach())) + penalty).sum()
     skipped_d = apply_gradients(optimizer_d, average(torch.autograd.grad(d, phi)))
@@ -428,7 +439,7 @@ def train_gan(stage, players, steps, domains, args):
     step_on = Recorded(partial(gan_step, players, optimizers, average=average_of_processes))
 
     def do_step(_):
-        real = sample_images(domains, sample_pairs(domains, 2), GAN_BATCH // 4)  # [4, 16, 784]
+        real = sample_images(domains, sample_classes(domains, 2), GAN_BATCH // 4)  # [4, 16, 784]
         real = with_made_up(real, args.made_up).reshape(1, GAN_BATCH, PIXELS)
         return step_on(real, noise(1, FAKES))
 
@@ -440,8 +451,9 @@ def meta_train(warm, domains, args):
     """Episodes, from the weights `warm`. Returns a `Start`."""
     rates = args.inner_lr * torch.tensor([[1.0], [0.5]])  # of G and D
     layers = len(warm.theta) // 2
-    start = Start(*each(torch.clone, warm), rates.log().repeat(args.inner_steps, 1, layers))
-    *weights, log_rates = flat(start)
+    log_rates = rates.log().repeat(args.inner_steps, 1, layers)  # [inner steps, 2, layers]
+    start = Start(*each(torch.clone, warm), log_rates)
+    weights = [*start.theta, *start.phi]
     # Each rate is a tensor, because a CUDA graph freezes plain numbers.
     optimizers = [adam(tensors, torch.tensor(0.0)) for tensors in (weights, [log_rates])]
 
@@ -449,9 +461,8 @@ def meta_train(warm, domains, args):
     def outer_step(support, query):
         score, direction = meta_gradient(start, support, query, args.algorithm)
         direction = average_of_processes(direction)
-        # Of length one, so that every episode counts the same. The first unit turns an inf into
-        # nan, the second spreads this nan to every tensor, so that both optimizers skip.
-        direction = unit(unit(direction))
+        direction = unit(direction)  # so that every episode counts the same
+        direction = unit(direction)  # if it had an inf, all is nan now, and both optimizers skip
         skipped = apply_gradients(optimizers[0], direction[:-1])
         apply_gradients(optimizers[1], direction[-1:])
         return {"skipped": skipped, "score": score}
@@ -460,8 +471,8 @@ def meta_train(warm, domains, args):
         lr = args.meta_lr * min(1, 2 - 2 * step / args.meta_steps)  # falls in the second half
         for optimizer, factor in zip(optimizers, (1, RATES_LR)):
             optimizer.param_groups[0]["lr"].fill_(factor * lr)
-        pairs = sample_pairs(domains, args.meta_batch)
-        images = sample_images(domains, pairs, args.shots, QUERIES)  # [T, shots + QUERIES, 784]
+        classes = sample_classes(domains, args.meta_batch)  # T of them
+        images = sample_images(domains, classes, args.shots, QUERIES)  # [T, shots + QUERIES, 784]
         images = with_mixtures(with_made_up(images, args.made_up))
         return outer_step(*split(images, args.shots))
 
@@ -541,8 +552,9 @@ def draw_progress(stage, start, domains, args):
     save(Path(args.out, "progress.png"), picture(images, 8 * len(support), 2))
 
 def translate(theta, images):
-    """Find noise from which the first G of theta [2, ...] draws images [1, n, 784]. Returns the
-    images, and what the first and the second G draw from that noise  # [3, n, 784]"""
+    """theta [2, ...] holds two Gs, of source and target. Find noise from which the first draws
+    images [1, n, 784] of the source, and let the second draw from it, too. Returns the images, and
+    what either G draws  # [3, n, 784]"""
     first = [p[:1] for p in theta]
     z = noise(1, images.shape[1])
     optimizer = torch.optim.Adam([z], 0.05)
@@ -603,7 +615,7 @@ def judge_samples(x, support, real, reference, label, judge):
     """The METRICS of samples x [n, 784] of a class with the index `label`.
     real: other images of the class [n, 784], the scale of "nearest".
     reference: the judge's features of further ones [n, 64], which "frechet" compares."""
-    def to_support(images):  # not by products, in which a copy would have a distance
+    def to_support(images):  # the fast way gives a copy a distance above 0
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cdist(images, support, compute_mode=exact).amin(1).mean()
     def spread(features):
@@ -632,6 +644,7 @@ def meta_test(methods, judge, domains, args):
         if method == "no GAN":
             drawn = [(name, 0, x) for name, x in without_a_gan(support, real, n).items()]
         else:
+            # The range comes first: at its end, zip asks for no further step.
             thetas = zip(range(args.test_steps[-1] + 1), few_shot(support, *methods[method]))
             drawn = [(method, steps, generator(theta, noise(len(images), n)))
                      for steps, theta in thetas if steps in args.test_steps]
@@ -791,8 +804,10 @@ def require(condition, message):
 def load_domains(args):
     """The `Domains` of --source and --target. To train, the last third of the classes of each data
     set is held out, three at most. To test a start, all are."""
-    images, held_out, titles, sides = {}, [], [], ([], [])
-    for side, specs in zip(sides, (args.source, args.target)):
+    images, held_out, titles, sides = {}, [], [], []
+    for specs in (args.source, args.target):
+        side = []  # all its classes
+        sides.append(side)
         for spec in specs:
             title, classes = load_dataset(spec, args.data_dir)
             titles.append(title)
@@ -1051,7 +1066,8 @@ class Progress:
     30 s. log.jsonl gets the numbers of these lines."""
 
     def __init__(self, costs, out):
-        self.costs, self.out = costs, out  # {stage: about so long as this many GAN steps}
+        # Costs, and all positions below, are in units of the time of a GAN step.
+        self.costs, self.out = costs, out  # {stage: cost}
         self.ends = dict(zip(costs, itertools.accumulate(costs.values())))
         self.began, self.shown, self.logged = time.monotonic(), -math.inf, -math.inf
         self.first, self.means, self.width, self.planned = None, {}, 0, False
@@ -1133,7 +1149,8 @@ def claim(args, title, images, start):
         yield report
 
 def refuse_differences(folder, old, new, advice, *may_differ):
-    """The settings of two reports must agree. Hashes guard those that may differ."""
+    """The settings of two reports must agree. What only says where images and results lie may
+    differ: the hash of the images tells whether they are the same."""
     may_differ = {"source", "target", "data_dir", "out", "device", "test", *may_differ}
     for name in sorted(new["settings"].keys() - may_differ):
         before, value = (report["settings"].get(name) for report in (old, new))
@@ -1165,7 +1182,8 @@ def make_parser():
     def options_of(*modes):
         group = parser.add_argument_group(f"to {' or '.join(modes)}")
         def option(name, text, default=None, **how):
-            uses[name], default = modes, getattr(Settings, name, default)
+            uses[name] = modes
+            default = getattr(Settings, name, default)
             if isinstance(default, (int, float)) and not how:
                 how = {"type": type(default), "metavar": "N"}
             if default:
@@ -1192,8 +1210,7 @@ def make_parser():
     option("test_seeds", "draws of the support in a test", 5)
     option("dry_run", "everything once, tiny, in a minute", False, action="store_true")
     option = options_of("train")
-    option("algorithm", "maml, fomaml, reptile or both",
-           choices=("maml", "fomaml", "reptile", "both"), metavar="NAME")
+    option("algorithm", ", ".join(ALGORITHMS), choices=ALGORITHMS, metavar="NAME")
     option("inner_steps", "inner steps of an episode")
     option("inner_lr", "initial inner rate of G, twice D's")
     option("warm_steps", "ordinary GAN steps before the episodes")

@@ -345,7 +345,7 @@ def test_tasks_are_made_up_and_mixed():
 
 def test_pairs_are_drawn_from_all():
     domains = numbered()
-    pairs = [tuple(mtgan.sample_pairs(domains, 1)) for _ in range(200)]
+    pairs = [tuple(mtgan.sample_classes(domains, 1)) for _ in range(200)]
     assert set(pairs) == set(domains.train)
 
 def test_made_up_domains():
