@@ -249,17 +249,17 @@ def test_gan_step_is_two_plain_adam_steps():
     real, z = torch.rand(2, 4, 7), torch.randn(2, 5, 3)
     players = mtgan.Players(leaves[:8], leaves[8:])
     optimizers = [mtgan.adam(weights, 0.01) for weights in players]
-    mtgan.gan_step(players, optimizers, real, z, shown=lambda images: images / 2)    # to D alone
+    mtgan.gan_step(players, optimizers, real, z, shown=lambda images: images.flip(-1))   # to D
     for t in range(2):
         own = [p[t].clone().requires_grad_() for p in start]
         theta, phi = own[:8], own[8:]
         fake = mlp(theta, z[t], 0).tanh()
-        x = (real[t] / 2).requires_grad_()
-        logits, other = mlp(phi, x, 0.2)[:, 0], mlp(phi, fake.detach() / 2, 0.2)[:, 0]
+        x = real[t].flip(-1).requires_grad_()
+        logits, other = mlp(phi, x, 0.2)[:, 0], mlp(phi, fake.detach().flip(-1), 0.2)[:, 0]
         slope, = grad(logits.sum(), x, create_graph=True)
         loss_d = mtgan.loss_d(logits, other) + mtgan.R1 / 2 * slope.square().sum() / 4
         def of_g():
-            logits = mlp(phi, fake / 2, 0.2).T
+            logits = mlp(phi, fake.flip(-1), 0.2).T
             return mtgan.loss_g(logits, fake[None], real[t:t + 1]).sum()
         for player, loss in ((phi, lambda: loss_d), (theta, of_g)):
             adam = torch.optim.Adam(player, 0.01, betas=(0.5, 0.999))
@@ -444,7 +444,8 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     torch.manual_seed(0)
     players, original, seen = mtgan.new_players(), mtgan.gan_step, []
     rates, support = torch.full((3, 2, 4), 1e-3).log(), torch.rand(1, 5, 784)
-    monkeypatch.setattr(mtgan, "gan_step", lambda *a, **k: seen.append(a) or original(*a, **k))
+    monkeypatch.setattr(mtgan, "gan_step", lambda *a, shown: seen.append((*a, shown))
+                        or original(*a, shown=shown))
     def adapted(start, steps):
         torch.manual_seed(1)
         thetas = itertools.islice(mtgan.few_shot(support, start, 1e-3), steps + 1)
@@ -452,6 +453,8 @@ def test_adaptation_takes_the_learned_steps_then_adam(monkeypatch):
     before = [p.clone() for p in players.theta]
     found = adapted(mtgan.Start(*players, rates), 5)
     assert len(seen) == 2 and distance(found[5], seen[1][0].theta) == 0
+    shown = seen[0][-1](support)                # D sees altered copies
+    assert shown.shape == support.shape and 0 < (shown - support).abs().mean() < 1
     assert [adam.param_groups[0]["lr"] for adam in seen[0][1]] == [1e-3, 1e-3]
     torch.manual_seed(1)
     theta, phi = players
