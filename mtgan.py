@@ -1343,13 +1343,16 @@ def save_pictures(out, support, samples, theta, z):
     for number, image in enumerate(samples):
         save(out / f"sample-{number:0{digits}}.png", picture(image, 1, 1))
 
-    white = torch.ones(-len(support) % 8, PIXELS)  # fills the support's last row
-    save(out / "samples.png", picture(torch.cat([support, white, samples]), 8, 3))
+    def rows_of(images, columns):  # with black images at the end, where the last row is not full
+        missing = -len(images) % columns
+        return F.pad(images, (0, 0, 0, missing), value=-1).view(-1, columns, PIXELS)
+
+    sheet = torch.cat([rows_of(support, 8), rows_of(samples, 8)])
+    save(out / "samples.png", picture(sheet.flatten(0, 1), 8, 3))
 
     nearest = support[torch.cdist(samples, support).argmin(1)]  # [n, 784]
-    white = torch.ones(-len(samples) % 16, PIXELS)
-    rows = [torch.cat([images, white]).view(-1, 16, PIXELS) for images in (samples, nearest)]
-    save(out / "nearest.png", picture(torch.stack(rows, 1).flatten(0, 2), 16, 3))
+    pairs = torch.stack([rows_of(samples, 16), rows_of(nearest, 16)], 1)  # [rows, 2, 16, 784]
+    save(out / "nearest.png", picture(pairs.flatten(0, 2), 16, 3))
 
     corners = z[0, torch.arange(9) % min(8, len(samples))]  # the last is the first again
     path = [torch.lerp(a, b, i / 8) for a, b in itertools.pairwise(corners) for i in range(8)]
