@@ -754,7 +754,7 @@ def plot(found, title):
         pen.text((place(step, low)[0], 915), str(step), "black", font, "mt")
     pen.text((840, 955), "steps of adaptation", "black", font, "mt")
     # Pillow's font has no accents.
-    pen.text((20, 10), f"Frechet distance with 95 % intervals: {title}", "black", font)
+    pen.text((20, 10), f"Frechet distance, and 2 standard errors: {title}", "black", font)
     return canvas.resize((800, 500), Image.LANCZOS)
 
 def picture(images, columns, zoom):
