@@ -233,14 +233,15 @@ def meta_gradient(start, support, query, algorithm):
     fake = generator(theta, noise(tasks, queries))  # [T, queries, 784]
     score = energy_distance(fake, query).mean()
 
+    if algorithm != "reptile":
+        maml = torch.autograd.grad(score, [*flat(shared), log_rates], materialize_grads=True)
+    if algorithm in ("maml", "fomaml"):
+        return score.detach(), maml
     reptile = [p.detach() - adapted.detach().mean(0, keepdim=True)
                for p, adapted in zip(flat(shared), [*theta, *phi])]
     reptile.append(torch.zeros_like(log_rates))  # Reptile has nothing to say of rates
     if algorithm == "reptile":
         return score.detach(), reptile
-    maml = torch.autograd.grad(score, [*flat(shared), log_rates], materialize_grads=True)
-    if algorithm in ("maml", "fomaml"):
-        return score.detach(), maml
     return score.detach(), [m + r for m, r in zip(unit(maml), unit(reptile))]
 
 def differentiable(tensor):
