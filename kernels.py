@@ -123,6 +123,9 @@ if triton is not None:
                 tl.store(sums + t * M + rows, row_sums, mask=rows < M)
 
 
+MANY_TILES = 128  # so many large ones are enough work for a GPU
+
+
 def layout(v):
     """Of matrices [T, R, C]: whether they are stored by columns, the stride of tasks, and that of
     rows (or columns). Contiguous ones have (False, R * C, C), their transposes (True, R * C, C).
@@ -184,7 +187,7 @@ def product(a, b, y, slope, backend, bias=None, mask_left=False, row_sums=False)
     # Large tiles read a and b less often; small ones leave no part of the GPU without work.
     # These were the fastest of those tried on an H100 with the layers of mtgan.py.
     single = a.dtype == torch.float32
-    large = single and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= 128
+    large = single and T * triton.cdiv(M, 64) * triton.cdiv(N, 64) >= MANY_TILES
     tile_m, tile_n, tile_k, warps = (64, 64, 32, 4) if large else (16, 32, 64, 2)
     with torch.cuda.device_of(a):  # Triton launches on the current GPU
         # A float32 is nearly the sum of two TF32 numbers, which a GPU's matrix units take. Three
