@@ -387,10 +387,10 @@ def test_held_out_classes_reach_no_training(tmp_path, monkeypatch):
                         or original(domains, classes, *n))
     settings = parsed("--source", "strokes", "--target", "shapes:0-5", "--dry-run",
                       "--meta-batch", 2, "--out", tmp_path)
-    monkeypatch.setattr(mtgan, "TRANSFER_STEPS", 2)
     domains = mtgan.load_domains(settings)
     monkeypatch.setattr(mtgan, "draw_progress", lambda *_: None)    # shows them, trains on none
-    mtgan.train_all(domains, settings)
+    with patch.multiple(mtgan, **SMALL):
+        mtgan.train_all(domains, settings)
     assert domains.test == ["shapes 4", "shapes 5"]
     assert mtgan.load(tmp_path / "state" / "transfer.pt")[0] == 2 * 2 * 3       # as long
     held_out = {"strokes 7", "strokes 8", "strokes 9", "shapes 4", "shapes 5"}
