@@ -735,18 +735,21 @@ def plot(found, title):
     for distance in (digit * 10.0 ** power for power in decades for digit in (1, 2, 5)):
         if low < distance < high:
             level(distance, "#e0e0e0", f"{distance:g}", "rm", -15, 0)
-    lines = [list(itertools.takewhile(points.get, ((method, step) for step in steps)))
-             for method in gans]  # which end where a GAN diverged
-    for line, colour in zip(lines, COLOURS):
-        upper, lower = ([place(step, points[method, step][0] + side * points[method, step][1])
-                         for method, step in line] for side in (1, -1))
+    lines = {}
+    for method in gans:  # a line ends where its GAN diverged
+        finite = itertools.takewhile(lambda step: (method, step) in points, steps)
+        lines[method] = [(step, *points[method, step]) for step in finite]
+
+    def path(line, side):
+        return [place(step, mean + side * two) for step, mean, two in line]
+
+    for line, colour in zip(lines.values(), COLOURS):
         if line:
-            pen.polygon(upper + lower[::-1], f"{colour}40")
-    for i, (method, line, colour) in enumerate(zip(gans, lines, COLOURS)):
-        middle = [place(step, points[method, step][0]) for method, step in line]
+            pen.polygon(path(line, 1) + path(line, -1)[::-1], f"{colour}40")
+    for i, (method, colour) in enumerate(zip(gans, COLOURS)):
         legend = 160 + 700 * (i % 2), 80 + 45 * (i // 2)
-        pen.line(middle, colour, 6)
-        for x, y in [*middle, legend]:
+        pen.line(path(lines[method], 0), colour, 6)
+        for x, y in [*path(lines[method], 0), legend]:
             pen.regular_polygon((x, y, 12), 3 + i, fill=colour)
         pen.text((legend[0] + 30, legend[1]), method, colour, font, "lm")
     for i, method in enumerate([method for method, step in points if not step][::-1]):
