@@ -123,7 +123,7 @@ if triton is not None:
                 tl.store(sums + t * M + rows, row_sums, mask=rows < M)
 
 
-MANY_TILES = 128  # so many large ones are enough work for a GPU
+MANY_TILES = 128  # from so many large tiles on, a GPU has enough work
 
 
 def layout(v):
@@ -143,7 +143,8 @@ def units(sizes, contiguous, strides):
 
     A GPU copies four numbers at once only where the compiler knows that strides, and the sizes
     along which memory is contiguous, are multiples of 4. So a stride of 784 is passed as 196, and
-    the kernel computes 196 * UNIT. Where one of them is none, such as 25 shots, UNIT is 1.
+    the kernel computes 196 * UNIT. Where one of them is no multiple of 4, as 25 shots are, UNIT
+    is 1.
 
     Triton can find this out itself: it compiles a kernel anew for each class of its numbers (1,
     multiples of 16, others), 56 times in a default run. `do_not_specialize` switches that off.

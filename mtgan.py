@@ -348,7 +348,7 @@ def level_sets(pen, n):
 GAN_BATCH, GAN_LR = 64, 2e-4  # real images, and Adam's rate: usual ones for a GAN
 R1 = 10  # weight of a penalty on D's steepness (Mescheder et al. 2018, arXiv 1801.04406)
 RATES_LR = 15  # log rates learn at so many times the outer rate of weights, by search
-TRANSFER_STEPS = 20  # ordinary steps of transfer for each pair: they take as long (on 2 cores)
+TRANSFER_STEPS = 20  # of transfer for each pair: they take as long as its episode (on 2 cores)
 SAVE_SECONDS = 30
 # torchrun starts several processes, and tells each its number and how many there are.
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -411,6 +411,7 @@ def apply_gradients(optimizer, gradients):
     return optimizer.found_inf
 
 def same(x):
+    """What gan_step does to gradients and images, unless told otherwise: nothing."""
     return x
 
 def gan_step(players, optimizers, real, z, average=same, shown=same):
@@ -506,9 +507,8 @@ def few_shot(support, start, lr=ADAM_LR):
     step and after each, without end. Use one before you ask for the next: Adam changes it in place.
 
     A `Start` first takes its learned inner steps. Then, and for `Players` from the beginning,
-    come ordinary GAN steps by Adam at the rate lr.
-    In these D sees altered copies of all images, so that it does not learn the few real ones by
-    heart (Zhao et al. 2020, arXiv 2006.10738).
+    come ordinary GAN steps by Adam at the rate lr. In these, D sees altered copies of all images,
+    so that it does not learn the few real ones by heart (Zhao et al. 2020, arXiv 2006.10738).
     """
     players = each(lambda p: p.expand(len(support), *p.shape[1:]), start)
     yield players.theta
@@ -1061,8 +1061,9 @@ def average_of_processes(gradients):
     try:
         for g in gradients:
             torch.distributed.all_reduce(g)
-    except RuntimeError:
-        raise UserError("another process has ended: the same command goes on from here") from None
+    except RuntimeError as error:
+        raise UserError("another process has ended, or cannot be reached: the same command goes on "
+                        f"from here ({error!r:.80})") from None
     return [g / PROCESSES for g in gradients]
 
 class Progress:
@@ -1162,7 +1163,7 @@ def refuse_differences(folder, old, new, advice, *may_differ):
         require(before == value, f"{folder} has other {name}{numbers}: {advice}")
 
 # 9  Command line ----------------------------------------------------------------------
-SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start of a default run
+SHIPPED = str(Path(__file__).parent / "assets" / "mtgan.pt")  # the start that comes along
 DRY_RUN = {"shots": 10, "warm_steps": 20, "meta_steps": 3, "test_seeds": 1,
            "judge_steps": 60, "test_steps": (0, 1, 2, 6)}
 

@@ -1097,10 +1097,9 @@ def test_a_wrong_command_is_one_line(message, line, tmp_path, offline, monkeypat
     assert not list(tmp_path.iterdir())
 
 def test_a_reader_who_leaves_ends_no_run(tmp_path):
-    code = "import sys, test_mtgan; sys.exit(test_mtgan.program(*sys.argv[1:]))"
-    line = [sys.executable, "-c", code, *BUILT_IN, *TINY, "--out", str(tmp_path)]
-    shell = subprocess.run(["bash", "-o", "pipefail", "-c", shlex.join(line) + " 2>&1 | head -1"],
-                           capture_output=True, text=True, cwd=Path(__file__).parent,
+    few = ["--warm-steps", "1", "--meta-steps", "1", "--out", str(tmp_path)]
+    line = shlex.join([sys.executable, mtgan.__file__, *BUILT_IN, *TINY, *few]) + " 2>&1 | head -1"
+    shell = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True,
                            env={**os.environ, "PYTHONIOENCODING": "cp932"})
     assert shell.returncode == 0 and shell.stdout.count("\n") == 1 and not shell.stderr
     assert report_of(tmp_path)["rows"]
